@@ -1,0 +1,191 @@
+"""RFNet: region-aware fusion for incomplete modalities (Ding, Yu, Yang; ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Features, Fused, Mask
+from models.blocks import ConvNormAct, Encoder, MaskedPointwise, SeparateDecoder, initialise, upsample
+
+LEVELS = 4
+AREA_EPS = 1e-7
+
+
+class ProbabilityHead(nn.Module):
+    """Class logits of one level from all present features and, above the deepest level, the decoder's own."""
+
+    def __init__(self, modalities: int, width: int, classes: int, deepest: bool) -> None:
+        super().__init__()
+        self.embedding_layer = nn.ModuleList(
+            [
+                MaskedPointwise(modalities, width, width // 4),
+                ConvNormAct(width // 4, width // 4),
+                ConvNormAct(width // 4, width, kernel=1),
+            ]
+        )
+        self.prm_layer = nn.Sequential(
+            ConvNormAct(width if deepest else 2 * width, 16, kernel=1), nn.Conv3d(16, classes, 1)
+        )
+
+    def forward(self, present: Tensor, decoded: Tensor | None, mask: Mask) -> Tensor:
+        """present (B, P * c, d, h, w), decoded (B, c, d, h, w) or None -> logits (B, C, d, h, w)."""
+        x = self.embedding_layer[0](present, mask)
+        for layer in self.embedding_layer[1:]:
+            x = layer(x)
+        logits: Tensor = self.prm_layer(x if decoded is None else torch.cat([decoded, x], dim=1))
+        return logits
+
+
+class ModalityWeights(nn.Module):
+    """The MLP of one region: a weight in (0, 1) for every modality from its region descriptors."""
+
+    def __init__(self, modalities: int, width: int) -> None:
+        super().__init__()
+        self.weight_layer = nn.Sequential(
+            nn.Conv3d(modalities * width + 1, 128, 1), nn.LeakyReLU(0.2), nn.Conv3d(128, modalities, 1)
+        )
+
+    def forward(self, descriptor: Tensor) -> Tensor:
+        """(B, K * c + 1) -> (B, K)."""
+        weights: Tensor = self.weight_layer(descriptor[..., None, None, None])
+        return weights.flatten(1).sigmoid()
+
+
+class RegionFusion(nn.Module):
+    """The convolutions over the C concatenated region features."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.fusion_layer = nn.Sequential(
+            ConvNormAct(classes * width, width, kernel=1),
+            ConvNormAct(width, width),
+            ConvNormAct(width, width // 2, kernel=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C * c, d, h, w) -> (B, c / 2, d, h, w)."""
+        fused: Tensor = self.fusion_layer(x)
+        return fused
+
+
+class RegionAwareFusion(nn.Module):
+    """Fuses the modalities of one level, each region (class) with weights of its own."""
+
+    def __init__(self, modalities: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.modal_fusion = nn.ModuleList([ModalityWeights(modalities, width) for _ in range(classes)])
+        self.region_fusion = RegionFusion(width, classes)
+        self.short_cut = nn.ModuleList(
+            [
+                MaskedPointwise(modalities, width, width),
+                ConvNormAct(width, width),
+                ConvNormAct(width, width // 2, kernel=1),
+            ]
+        )
+
+    def forward(self, present: Tensor, regions: Tensor, mask: Mask) -> Tensor:
+        """present (B, P * c, d, h, w), regions = class probabilities (B, C, d, h, w) -> (B, c, d, h, w)."""
+        short_cut = self.short_cut[0](present, mask)
+        for layer in self.short_cut[1:]:
+            short_cut = layer(short_cut)
+        return torch.cat([self.region_fusion(self._region_features(present, regions, mask)), short_cut], dim=1)
+
+    def _region_features(self, present: Tensor, regions: Tensor, mask: Mask) -> Tensor:
+        """p_r * sum_k w_{r,k} f_k for every region r, as (B, C * c, d, h, w).
+
+        The descriptors mean(f_k p_r) are one matrix product and the weighted sums another, so the product of every
+        modality's feature with every region's map never exists.
+        """
+        there = [k for k, is_there in enumerate(mask) if is_there]
+        flat, p = present.flatten(2), regions.flatten(2)
+        batch, channels, voxels = flat.shape
+        width, classes = channels // len(there), p.shape[1]
+        area = p.mean(2) + AREA_EPS  # (B, C)
+        means = torch.matmul(p, flat.transpose(1, 2)) / voxels / area[..., None]  # (B, C, P * c)
+        descriptors = means.new_zeros(batch, classes, self.modalities, width)
+        descriptors[:, :, there] = means.unflatten(2, (len(there), width))
+        descriptors = torch.cat([descriptors.flatten(2), area[..., None]], dim=2)
+        weights = torch.stack([mlp(descriptors[:, r]) for r, mlp in enumerate(self.modal_fusion)], dim=1)
+        weighted = torch.matmul(weights[:, :, there], flat.unflatten(1, (len(there), width)).flatten(2))
+        features: Tensor = weighted.unflatten(2, (width, voxels)) * p[:, :, None]
+        return features.reshape(batch, classes * width, *present.shape[2:])
+
+
+class FusedDecoder(nn.Module):
+    """Decoder of any subset of modalities, deepest level first."""
+
+    def __init__(self, modalities: int, widths: Sequence[int], classes: int) -> None:
+        super().__init__()
+        for level in range(LEVELS - 1, 0, -1):
+            width = widths[level - 1]
+            self.add_module(f"d{level}_c1", ConvNormAct(widths[level], width))
+            self.add_module(f"d{level}_c2", ConvNormAct(2 * width, width))
+            self.add_module(f"d{level}_out", ConvNormAct(width, width, kernel=1))
+        self.seg_layer = nn.Conv3d(widths[0], classes, 1)
+        for level in range(LEVELS, 0, -1):
+            width = widths[level - 1]
+            self.add_module(f"RFM{level}", RegionAwareFusion(modalities, width, classes))
+            self.add_module(
+                f"prm_generator{level}", ProbabilityHead(modalities, width, classes, deepest=level == LEVELS)
+            )
+
+    def forward(self, features: Features, mask: Mask) -> Fused:
+        """Features of at least the modalities in `mask`."""
+        x: Tensor | None = None
+        deep: list[Tensor] = []
+        for level in range(LEVELS, 0, -1):
+            u = None if x is None else self.get_submodule(f"d{level}_c1")(upsample(x))
+            of_mask = [f for f, there in zip(features[level - 1], mask, strict=True) if there]
+            present = torch.cat([f for f in of_mask if f is not None], dim=1)
+            logits = self.get_submodule(f"prm_generator{level}")(present, u, mask)
+            # The regions only say where to look: the released training lets no gradient through them.
+            regions = logits.detach().softmax(1)
+            x = self.get_submodule(f"RFM{level}")(present, regions, mask)
+            if u is not None:
+                x = self.get_submodule(f"d{level}_c2")(torch.cat([x, u], dim=1))
+                x = self.get_submodule(f"d{level}_out")(x)
+            deep.insert(0, logits)
+        assert x is not None
+        return Fused(logits=self.seg_layer(x), feature=x, deep=deep)
+
+
+class RFNet(nn.Module):
+    """RFNet for any modalities and classes; sizes of x must be multiples of 8 and at least 16."""
+
+    def __init__(self, modalities: Sequence[str], classes: int, width: int = 8) -> None:
+        super().__init__()
+        if width % 8:
+            raise ValueError(f"width {width} must be a multiple of 8: the finest level uses a quarter and a half of it")
+        self.modalities = tuple(modalities)
+        widths = [width * 2**level for level in range(LEVELS)]
+        for name in self.modalities:
+            self.add_module(f"{name}_encoder", Encoder(widths))
+        self.decoder_fuse = FusedDecoder(len(self.modalities), widths, classes)
+        self.decoder_sep = SeparateDecoder(widths, classes)
+        initialise(self)
+
+    def encode(self, x: Tensor, mask: Mask) -> Features:
+        """See `Backbone.encode`."""
+        features: Features = [[None] * len(self.modalities) for _ in range(LEVELS)]
+        for k, name in enumerate(self.modalities):
+            if mask[k]:
+                for level, feature in enumerate(self.get_submodule(f"{name}_encoder")(x[:, k : k + 1])):
+                    features[level][k] = feature
+        return features
+
+    def fuse(self, features: Features, mask: Mask) -> Fused:
+        """See `Backbone.fuse`."""
+        fused: Fused = self.decoder_fuse(features, mask)
+        return fused
+
+    def separate(self, features: Features) -> list[Tensor | None]:
+        """See `Backbone.separate`."""
+        logits: list[Tensor | None] = []
+        for k in range(len(self.modalities)):
+            own = [f for f in (level[k] for level in features) if f is not None]
+            logits.append(self.decoder_sep(own) if own else None)
+        return logits

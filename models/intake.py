@@ -1,0 +1,237 @@
+"""The input contract: any patient's volumes to what a network sees, and its answer back to the patient's own grid.
+
+One working grid per patient: the task's orientation and spacing, along the first given volume's own axes (an oblique
+scan stays oblique). Volumes on that volume's grid at the task's spacing are only flipped and permuted, which is exact;
+others are resampled linearly. Then everything is cropped to the brain. Training (`passion prepare`) and serving both
+come through here, so a network is served what it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+from nibabel.processing import resample_from_to
+
+from models.task import Task
+from models.volume import Affine, Grid, Volume, VolumeError
+
+Float = npt.NDArray[np.float32]
+Classes = npt.NDArray[np.uint8]
+Value = TypeVar("Value", bound=np.generic)
+
+SPACING_TOLERANCE = 0.01
+"""A spacing within 1 % of the task's is taken as the task's: resampling would blur more than it mends."""
+
+
+@dataclass(frozen=True)
+class WorkingGrid:
+    """The reference volume's grid, reoriented to the task's axis codes and, where needed, at the task's spacing."""
+
+    reference: Grid
+    to_working: npt.NDArray[np.float64]
+    """nibabel orientation transform from the reference's axes."""
+    shape: tuple[int, int, int]
+    affine: Affine
+    resampled: bool
+
+    @classmethod
+    def of(cls, reference: Grid, task: Task) -> WorkingGrid:
+        """Raises `VolumeError` for an affine without a clear orientation."""
+        start = io_orientation(reference.affine)
+        if np.isnan(start).any():
+            raise VolumeError("the image's axes have no clear orientation: its affine is damaged")
+        transform = ornt_transform(start, axcodes2ornt(task.orientation))
+        affine = reference.affine @ inv_ornt_aff(transform, reference.shape)
+        order = np.argsort(transform[:, 0])
+        shape = np.array(reference.shape)[order]
+        zooms = np.array(nib.affines.voxel_sizes(affine))
+        wanted = np.array(task.spacing)
+        if (np.abs(zooms - wanted) <= SPACING_TOLERANCE * wanted).all():
+            return cls(reference, transform, _triple(shape), affine, resampled=False)
+        scale = wanted / zooms
+        resampled_shape = np.maximum(np.ceil(shape / scale - 1e-6), 1).astype(int)
+        # Both grids fill the same field of view: its corner, not the first voxel's centre, is what they share.
+        step = np.diag([*scale, 1.0])
+        step[:3, 3] = (scale - 1) / 2
+        return cls(reference, transform, _triple(resampled_shape), affine @ step, resampled=True)
+
+    def bring(self, volume: Volume) -> Float:
+        """The volume's voxels on this grid, (X, Y, Z) float32."""
+        if volume.grid.same_as(self.reference) and not self.resampled:
+            return np.ascontiguousarray(apply_orientation(volume.data, self.to_working))
+        return self._resample(volume.data, volume.grid.affine)
+
+    def bring_classes(self, classes: Classes, grid: Grid, count: int) -> Classes:
+        """Class indices on `grid` to this grid: the class with the largest linearly resampled share."""
+        if grid.same_as(self.reference) and not self.resampled:
+            return np.ascontiguousarray(apply_orientation(classes, self.to_working))
+        shares = [self._resample((classes == c).astype(np.float32), grid.affine) for c in range(1, count)]
+        background = 1 - np.sum(shares, axis=0)
+        return np.asarray(np.argmax(np.stack([background, *shares]), axis=0), np.uint8)
+
+    def _resample(self, data: Float, affine: Affine) -> Float:
+        image = nib.Nifti1Image(data, affine)
+        resampled = resample_from_to(image, (self.shape, self.affine), order=1, mode="constant", cval=0.0)
+        return np.asarray(resampled.dataobj, np.float32)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of the working grid; it may reach outside, where volumes are 0."""
+
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels per axis."""
+        return _triple(np.subtract(self.stop, self.start))
+
+    def cut(self, data: npt.NDArray[Value]) -> npt.NDArray[Value]:
+        """The box's voxels, 0 outside `data`."""
+        inside, place = self._overlap(data.shape)
+        if inside == place and self.shape == data[inside].shape:
+            return np.ascontiguousarray(data[inside])
+        cut = np.zeros(self.shape, data.dtype)
+        cut[place] = data[inside]
+        return cut
+
+    def paste(self, box: Classes, shape: tuple[int, int, int]) -> Classes:
+        """The inverse of `cut`: a volume of `shape`, 0 outside the box."""
+        inside, place = self._overlap(shape)
+        whole = np.zeros(shape, box.dtype)
+        whole[inside] = box[place]
+        return whole
+
+    def _overlap(self, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        low = np.maximum(self.start, 0)
+        high = np.minimum(self.stop, shape)
+        inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+        place = tuple(slice(int(a - s), int(b - s)) for a, b, s in zip(low, high, self.start, strict=True))
+        return inside, place
+
+
+@dataclass(frozen=True)
+class Intake:
+    """A patient's volumes on one grid, cropped to the brain, not normalised."""
+
+    arrays: dict[str, Float]
+    """By modality, each (X, Y, Z) of the box."""
+    box: Box
+    working: WorkingGrid
+
+    def restore(self, probabilities: Float) -> Classes:
+        """Class probabilities (C, X, Y, Z) of the box -> class indices on the reference volume's own grid.
+
+        Without resampling this is the exact inverse of the way in; else probabilities are resampled linearly and the
+        largest wins, which is smoother than resampling labels.
+        """
+        if not self.working.resampled:
+            return self.restore_classes(np.argmax(probabilities, axis=0).astype(np.uint8))
+        reference = self.working.reference
+        box_affine = self.working.affine @ nib.affines.from_matvec(np.eye(3), self.box.start)
+        to_reference = np.linalg.inv(reference.affine) @ box_affine
+        corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in self.box.shape])).reshape(3, -1)
+        reached = nib.affines.apply_affine(to_reference, corners.T)
+        low = np.clip(np.ceil(reached.min(0) - 1e-6), 0, reference.shape).astype(int)
+        high = np.clip(np.floor(reached.max(0) + 1e-6) + 1, low, reference.shape).astype(int)
+        classes = np.zeros(reference.shape, np.uint8)
+        part_affine = reference.affine @ nib.affines.from_matvec(np.eye(3), low)
+        best = np.full(_triple(high - low), -np.inf, np.float32)
+        part = np.zeros(best.shape, np.uint8)
+        for index, probability in enumerate(probabilities):
+            image = nib.Nifti1Image(probability, box_affine)
+            target = (best.shape, part_affine)
+            resampled = np.asarray(resample_from_to(image, target, order=1, mode="nearest").dataobj, np.float32)
+            better = resampled > best
+            best[better] = resampled[better]
+            part[better] = index
+        classes[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = part
+        return classes
+
+    def restore_classes(self, classes: Classes) -> Classes:
+        """Class indices (X, Y, Z) of the box -> the reference volume's grid, exactly; for grids not resampled."""
+        back = ornt_transform(_target(self.working), io_orientation(self.working.reference.affine))
+        whole = self.box.paste(classes, self.working.shape)
+        return np.ascontiguousarray(apply_orientation(whole, back))
+
+
+def take_in(volumes: Mapping[str, Volume], task: Task) -> Intake:
+    """Bring volumes, keyed by canonical modality in the order given, to one grid and crop to the brain.
+
+    The first volume is the reference. Raises `VolumeError` naming the modality that is empty or lies elsewhere.
+    """
+    reference = next(iter(volumes.values())).grid
+    working = WorkingGrid.of(reference, task)
+    arrays = {}
+    for name, volume in volumes.items():
+        if not volume.data.any():
+            raise VolumeError(f"{name}: every voxel is 0; leave an empty scan out")
+        arrays[name] = working.bring(volume)
+        if not arrays[name].any():
+            raise VolumeError(
+                f"{name}: does not lie where {next(iter(volumes))} lies; give scans of one patient, registered"
+            )
+    box = brain_box(arrays, task)
+    return Intake({name: box.cut(array) for name, array in arrays.items()}, box, working)
+
+
+def brain_box(arrays: Mapping[str, Float], task: Task) -> Box:
+    """The box of voxels nonzero in any modality, grown to `min_crop` where the volume allows, at least a patch."""
+    nonzero = np.logical_or.reduce([array != 0 for array in arrays.values()])
+    start, stop = [], []
+    for axis, size in enumerate(nonzero.shape):
+        others = tuple(a for a in range(3) if a != axis)
+        found = np.flatnonzero(nonzero.any(axis=others))
+        low, high = int(found[0]), int(found[-1]) + 1
+        low, high = _grow(low, high, min(task.min_crop, size))
+        shift = min(max(-low, 0), max(size - high, 0)) if low < 0 else -min(max(high - size, 0), low)
+        low, high = _grow(low + shift, high + shift, task.patch_size[axis])
+        start.append(low)
+        stop.append(high)
+    return Box(_triple(np.array(start)), _triple(np.array(stop)))
+
+
+def statistics(arrays: Mapping[str, Float]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation per modality over voxels where the sum over the modalities is positive."""
+    brain = np.sum(list(arrays.values()), axis=0) > 0
+    found = {}
+    for name, array in arrays.items():
+        values = array[brain].astype(np.float64)
+        std = float(values.std()) if values.size else 0.0
+        if std == 0:
+            raise VolumeError(f"{name}: has no contrast inside the brain (all voxels alike); leave it out")
+        found[name] = (float(values.mean()), std)
+    return found
+
+
+def normalise(arrays: Mapping[str, Float]) -> dict[str, Float]:
+    """Subtract the mean and divide by the standard deviation of `statistics`. Background voxels move along."""
+    found = statistics(arrays)
+    return {name: (array - np.float32(found[name][0])) / np.float32(found[name][1]) for name, array in arrays.items()}
+
+
+def _grow(low: int, high: int, least: int) -> tuple[int, int]:
+    missing = max(least - (high - low), 0)
+    return low - missing // 2, high + missing - missing // 2
+
+
+def _triple(values: npt.NDArray[np.integer]) -> tuple[int, int, int]:
+    x, y, z = (int(v) for v in values)
+    return x, y, z
+
+
+def _target(working: WorkingGrid) -> npt.NDArray[np.float64]:
+    return np.asarray(io_orientation(working.affine))

@@ -1,0 +1,1 @@
+"""Offline half: make and prepare data, train with PASSION, evaluate, predict."""

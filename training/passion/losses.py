@@ -1,0 +1,75 @@
+"""Supervised losses of one sample: weighted cross-entropy and Dice on class probabilities.
+
+Source: the PASSION paper (arXiv 2407.14796) and its released training. All functions take one sample, without a batch
+axis in the targets, because every sample has a mask of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.blocks import upsample
+
+CLAMP = 0.005
+DICE_EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The labels of one sample in the forms that the losses use."""
+
+    labels: Tensor
+    """(V,) class indices, int64."""
+    onehot: Tensor
+    """(C, V) float32."""
+    counts: Tensor
+    """(C,) voxels of each class, float32."""
+
+    @classmethod
+    def of(cls, labels: Tensor, classes: int) -> Truth:
+        """From class indices (D, H, W)."""
+        flat = labels.reshape(-1).long()
+        onehot = torch.zeros(classes, flat.numel(), device=flat.device).scatter_(0, flat[None], 1.0)
+        return cls(flat, onehot, onehot.sum(1))
+
+
+def supervised(p: Tensor, truth: Truth) -> Tensor:
+    """wce + dice of class probabilities p (C, V); a scalar.
+
+    wce = mean_v sum_c -(1 - |y_c| / sum|y|) y_c log(clamp(p_c, 0.005, 1)): only the true class's probability counts,
+    so it is gathered once. dice = 1 - mean_c 2<p_c, y_c> / (|p_c| + |y_c| + 1e-7).
+    """
+    true_p = p.gather(0, truth.labels[None])[0]
+    weight = (1 - truth.counts / truth.counts.sum())[truth.labels]
+    wce = -(weight * true_p.clamp(CLAMP, 1).log()).mean()
+    overlap = torch.zeros_like(truth.counts).index_add(0, truth.labels, true_p)
+    dice = 1 - (2 * overlap / (p.sum(1) + truth.counts + DICE_EPS)).mean()
+    return wce + dice
+
+
+def probabilities(logits: Tensor, factor: int = 1, temperature: float = 1.0) -> Tensor:
+    """softmax(logits / T), then upsampled: (1, C, d, h, w) -> (C, V) at full resolution."""
+    return upsample((logits / temperature).softmax(1), factor)[0].flatten(1)
+
+
+def level_weight(level: int) -> float:
+    """2^-(l+1), l = 0 for the finest map."""
+    return 2.0 ** -(level + 1)
+
+
+def factors(logits: Tensor, deep: Sequence[Tensor]) -> list[int]:
+    """How many times smaller than the output each deep supervision map is."""
+    return [logits.shape[-1] // d.shape[-1] for d in deep]
+
+
+def deep_supervision(logits: Tensor, deep: Sequence[Tensor], truth: Truth) -> Tensor:
+    """`prm`: the supervised loss of every deep supervision map, weighted by level; a scalar."""
+    terms = [
+        level_weight(level) * supervised(probabilities(d, factor), truth)
+        for level, (d, factor) in enumerate(zip(deep, factors(logits, deep), strict=True))
+    ]
+    return torch.stack(terms).sum()

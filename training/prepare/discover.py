@@ -1,0 +1,103 @@
+"""`RawCase`: one subject's files, found by name in a BraTS-style folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.task import Task
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """Files of one subject. `problem` says in one line why it cannot be used; None if its files look complete."""
+
+    id: str
+    folder: Path
+    images: dict[str, Path]
+    """By canonical modality, in task order."""
+    labels: Path | None
+    problem: str | None = None
+
+
+@dataclass
+class _Found:
+    folder: Path
+    files: dict[str, list[Path]] = field(default_factory=dict)
+
+
+def find_cases(source: Path, task: Task) -> list[RawCase]:
+    """Every subject under `source`, by id.
+
+    Reads `<id>_<modality>.nii.gz` and `<id>-<modality>.nii`, in any case, under any alias of the task, at any depth
+    (HGG and LGG folders included), and `<modality>.nii.gz` in a folder named for the subject; the labels' suffix is
+    `seg`. Other files are no concern of ours. Raises `UserError` where nothing is found.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder")
+    suffixes = {n: m.name for m in task.modalities for n in (m.name, *m.aliases)} | {"seg": "seg"}
+    longest_first = "|".join(sorted(map(re.escape, suffixes), key=len, reverse=True))
+    pattern = re.compile(rf"(?:(?P<id>.+)[_-])?(?P<what>{longest_first})\.nii(?:\.gz)?", re.IGNORECASE)
+    found: dict[tuple[Path, str], _Found] = {}
+    odd_labels: dict[Path, list[Path]] = {}
+    for folder, names in _walk(source):
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match:
+                case = match["id"] or folder.resolve().name
+                files = found.setdefault((folder, case), _Found(folder)).files
+                files.setdefault(suffixes[match["what"].lower()], []).append(folder / name)
+            elif re.fullmatch(r".*[_-]segm\.nii(\.gz)?", name, re.IGNORECASE):
+                odd_labels.setdefault(folder, []).append(folder / name)
+    if not found:
+        raise UserError(
+            f"{source}: no scans found; expected <id>/<id>_{task.names[0]}.nii.gz and its like "
+            f"({', '.join(task.names)}, seg)"
+        )
+    _adopt_odd_labels(found, odd_labels)
+    by_id: dict[str, list[_Found]] = {}
+    for (_, case), place in sorted(found.items(), key=lambda item: (item[0][1], str(item[0][0]))):
+        by_id.setdefault(case, []).append(place)
+    return [_case(name, places, task) for name, places in sorted(by_id.items())]
+
+
+def _walk(source: Path) -> list[tuple[Path, list[str]]]:
+    visited: set[str] = set()
+    folders = []
+    for root, subfolders, names in os.walk(source, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:  # a link back up would never end
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith((".", "__MACOSX")))
+        folders.append((Path(root), sorted(n for n in names if not n.startswith("."))))
+    return folders
+
+
+def _adopt_odd_labels(found: dict[tuple[Path, str], _Found], odd_labels: dict[Path, list[Path]]) -> None:
+    """BraTS 2020's case 355 has its labels as `W39_1998.09.19_Segm.nii`: taken where nothing else can be meant."""
+    for folder, files in odd_labels.items():
+        here = [case for (where, _), case in found.items() if where == folder]
+        if len(here) == 1 and "seg" not in here[0].files and len(files) == 1:
+            here[0].files["seg"] = files
+
+
+def _case(name: str, places: list[_Found], task: Task) -> RawCase:
+    files = places[0].files
+    images = {m: files[m][0] for m in task.names if m in files}
+    labels = files["seg"][0] if "seg" in files else None
+    twice = next((what for what in (*task.names, "seg") if len(files.get(what, [])) > 1), None)
+    problem = None
+    if len(places) > 1:
+        problem = f"two folders hold it: {places[0].folder} and {places[1].folder}; keep one"
+    elif twice is not None:
+        problem = f"two files for {twice}: {' and '.join(p.name for p in files[twice][:2])}; keep one"
+    elif not images:
+        problem = f"no modality, only labels; expected one of {', '.join(task.names)}"
+    elif labels is None:
+        problem = f"no segmentation; expected {name}_seg.nii.gz or {name}-seg.nii.gz"
+    return RawCase(name, places[0].folder, images, labels, problem)

@@ -17,6 +17,7 @@ from torch import nn
 
 from models.backbones import build
 from models.card import Card
+from models.task import first_problem
 
 CARD, WEIGHTS = "card.json", "weights.safetensors"
 
@@ -61,9 +62,7 @@ def load_card(folder: Path) -> Card:
     except OSError as error:
         raise CheckpointError(f"{folder}: no checkpoint here: cannot read {CARD} ({error.strerror})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise CheckpointError(f"{folder}/{CARD}: {where}: {first['msg']}") from None
+        raise CheckpointError(f"{folder}/{CARD}: {first_problem(error)}") from None
 
 
 def save_checkpoint(folder: Path, card: Card, network: nn.Module, extra: Mapping[str, bytes] | None = None) -> Card:

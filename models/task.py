@@ -10,7 +10,7 @@ from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -20,6 +20,13 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 class TaskError(ValueError):
     """A task that contradicts itself, or input that does not belong to the task. The message says what to do."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that pydantic found, as one line: the field and what is wrong with it."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 class _Frozen(BaseModel):
@@ -104,8 +111,10 @@ class Task(_Frozen):
             raise TaskError(f"no task {str(name_or_path)!r}: give a YAML file or one of the shipped tasks ({shipped})")
         try:
             return cls.model_validate(yaml.safe_load(path.read_text()))
-        except ValueError as error:
-            raise TaskError(f"{path}: {error}") from error
+        except yaml.YAMLError as error:
+            raise TaskError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        except ValidationError as error:
+            raise TaskError(f"{path}: {first_problem(error)}") from None
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -1,0 +1,76 @@
+"""Tasks: names and aliases, labels, subsets, and what a contradictory one says."""
+
+import numpy as np
+import pytest
+
+from models.task import TASKS, Task, TaskError
+
+GLIOMA = Task.load("glioma")
+
+
+def test_glioma_is_as_published():
+    assert GLIOMA.names == ("flair", "t1ce", "t1", "t2")
+    assert [r.name for r in GLIOMA.regions] == ["WT", "TC", "ET"]
+    assert GLIOMA.patch_size == (80, 80, 80)
+    assert len(GLIOMA.subsets()) == 15
+
+
+@pytest.mark.parametrize("path", sorted(TASKS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_task_loads_and_survives_json(path):
+    task = Task.load(path.stem)
+    assert task.name == path.stem
+    assert Task.model_validate_json(task.model_dump_json()) == task
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"), [("t1c", "t1ce"), ("T1GD", "t1ce"), ("t2f", "flair"), ("t1n", "t1"), ("t2w", "t2"), ("T2", "t2")]
+)
+def test_aliases_are_read_in_any_case(alias, name):
+    assert GLIOMA.canonical(alias) == name
+
+
+def test_a_foreign_modality_is_named():
+    with pytest.raises(TaskError, match="'dwi' is no modality of task glioma: it has flair, t1ce, t1, t2"):
+        GLIOMA.canonical("dwi")
+
+
+def test_both_values_of_enhancing_tumour_are_read_and_one_is_written():
+    values = np.array([[0, 1, 2], [3, 4, 0]])
+    classes = GLIOMA.read_labels(values)
+    assert classes.tolist() == [[0, 1, 2], [3, 3, 0]]
+    assert GLIOMA.write_labels(classes).tolist() == [[0, 1, 2], [4, 4, 0]]
+    newer = GLIOMA.with_label_values({3: 3})
+    assert newer.write_labels(classes).tolist() == [[0, 1, 2], [3, 3, 0]]
+    assert newer.read_labels(values).tolist() == classes.tolist()
+
+
+def test_foreign_labels_are_named():
+    with pytest.raises(TaskError, match=r"label values \[7\]"):
+        GLIOMA.read_labels(np.array([0, 7]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": [4, 80, 80]}, "too small"),
+        ({"orientation": "LLS"}, "axis codes"),
+        ({"spacing": [1, 0, 1]}, "spacing"),
+        ({"regions": [{"name": "WT", "labels": [4]}]}, "class indices from 1 to 3"),
+        ({"labels": [{"name": "a", "value": 1}, {"name": "b", "value": 2}]}, "background"),
+        ({"modalities": [{"name": "t1", "aliases": ["t2"]}, {"name": "t2"}]}, "stands twice"),
+        ({"modality": []}, "Extra inputs"),
+    ],
+)
+def test_a_contradictory_task_says_what_is_wrong(change, message, tmp_path):
+    import yaml
+
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump(GLIOMA.model_dump(mode="json") | change))
+    with pytest.raises(TaskError, match=message) as caught:
+        Task.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_task_lists_the_shipped_ones():
+    with pytest.raises(TaskError, match=r"shipped tasks .*glioma"):
+        Task.load("liver")

@@ -1,0 +1,155 @@
+"""`passion evaluate` and `passion predict`, as a user runs them."""
+
+import csv
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from models.checkpoint import Checkpoint
+from models.predictor import Predictor
+from training.cli import app
+from training.errors import UserError
+from training.metrics import dice
+
+RUNNER = CliRunner()
+
+
+def run(*arguments):
+    return RUNNER.invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def checkpoint(small_checkpoint, tmp_path):
+    return shutil.copytree(small_checkpoint, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def case(small_phantoms):
+    return min(small_phantoms.iterdir())
+
+
+def scan(case, modality):
+    return case / f"{case.name}_{modality}.nii.gz"
+
+
+@pytest.mark.slow
+def test_evaluate_scores_every_subset_as_predict_would(checkpoint, small_phantoms, case, tmp_path):
+    (tmp_path / "test.txt").write_text(f"{case.name}\n")
+    out = tmp_path / "scores"
+    result = run(
+        "evaluate", checkpoint, small_phantoms, "--only", tmp_path / "test.txt", "--out", out, "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert len(rows) == 15 * 3
+    assert (out / "dice.png").read_bytes().startswith(b"\x89PNG")
+
+    card = json.loads((checkpoint / "card.json").read_text())
+    assert card["scores"]["cases"] == 1
+    assert len(card["scores"]["subsets"]) == 15
+    predictor = Predictor(Checkpoint.load(checkpoint))
+    truth = np.asarray(nib.load(scan(case, "seg")).dataobj)
+    for subset in (("flair", "t2"), ("t1",)):
+        mask = np.asarray(predictor.segment({m: scan(case, m) for m in subset}).mask.dataobj)
+        want = dice(mask > 0, truth > 0)
+        row = next(r for r in rows if r["modalities"] == "+".join(subset) and r["region"] == "WT")
+        assert float(row["dice"]) == pytest.approx(want, abs=1e-6)
+        assert float(row["truth_ml"]) == pytest.approx((truth > 0).sum() * 0.216, rel=1e-5)
+        score = next(s for s in card["scores"]["subsets"] if s["modalities"] == list(subset))
+        assert score["dice"]["WT"] == pytest.approx(want, abs=1e-4)
+
+
+def test_evaluate_one_subset_without_touching_the_card(checkpoint, small_phantoms, tmp_path):
+    before = (checkpoint / "card.json").read_bytes()
+    arguments = ("--modalities", "t2w+flair", "--no-card", "--empty", "brats", "--out", tmp_path / "o")
+    result = run("evaluate", checkpoint, small_phantoms, *arguments)
+    assert result.exit_code == 0, result.output
+    assert (checkpoint / "card.json").read_bytes() == before
+    assert {r["modalities"] for r in csv.DictReader((tmp_path / "o" / "scores.csv").open())} == {"flair+t2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--empty", "maybe"), "published, brats, nan"),
+        (("--modalities", "dwi"), "no modality"),
+        (("--only", "/nowhere.txt"), "cannot read the list"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_do(checkpoint, small_phantoms, arguments, message):
+    result = run("evaluate", checkpoint, small_phantoms, *arguments)
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+
+
+def test_a_case_without_labels_is_named(checkpoint, case, tmp_path):
+    folder = shutil.copytree(case, tmp_path / "cases" / case.name)
+    (folder / f"{case.name}_seg.nii.gz").unlink()
+    result = run("evaluate", checkpoint, tmp_path / "cases")
+    assert case.name in str(result.exception)
+
+
+def test_predict_puts_the_mask_on_the_grid_of_the_first_scan_given(checkpoint, case, tmp_path):
+    flair = nib.load(scan(case, "flair"))
+    flipped = nib.Nifti1Image(np.asarray(flair.dataobj)[::-1], flair.affine @ np.diag([-1.0, 1, 1, 1]))
+    flipped.affine[:3, 3] = (flair.affine @ [flair.shape[0] - 1, 0, 0, 1])[:3]
+    flipped = nib.Nifti1Image(flipped.dataobj, flipped.affine)
+    nib.save(flipped, tmp_path / "flipped.nii")
+    masks = []
+    for order in (
+        ("--t2", scan(case, "t2"), "--flair", tmp_path / "flipped.nii"),
+        ("--flair", tmp_path / "flipped.nii", "--t2", scan(case, "t2")),
+    ):
+        output = tmp_path / f"{order[0].strip('-')}.nii.gz"
+        result = run("predict", checkpoint, *order, "-o", output)
+        assert result.exit_code == 0, result.output
+        assert "mL" in result.output
+        masks.append(nib.load(output))
+    np.testing.assert_allclose(masks[0].affine, flair.affine)
+    np.testing.assert_allclose(masks[1].affine, flipped.affine)
+    np.testing.assert_array_equal(np.asarray(masks[0].dataobj), np.asarray(masks[1].dataobj)[::-1])
+
+
+def test_predict_takes_any_name_of_any_model(checkpoint, case, tmp_path):
+    result = run("predict", checkpoint, "--image", f"t1c={scan(case, 't1ce')}", "-o", tmp_path / "m.nii")
+    assert result.exit_code == 0, result.output
+    assert nib.load(tmp_path / "m.nii").shape == (40, 40, 26)
+
+
+def test_an_empty_mask_is_said_aloud(checkpoint, case, tmp_path):
+    from models.checkpoint import save_checkpoint
+
+    loaded = Checkpoint.load(checkpoint)
+    loaded.network.decoder_fuse.seg_layer.bias.data = loaded.network.decoder_fuse.seg_layer.bias.data * 0
+    loaded.network.decoder_fuse.seg_layer.weight.data *= 0
+    loaded.network.decoder_fuse.seg_layer.bias.data[0] = 5
+    save_checkpoint(checkpoint, loaded.card, loaded.network)
+    result = run("predict", checkpoint, "--t1", scan(case, "t1"), "-o", tmp_path / "m.nii.gz")
+    assert result.exit_code == 0
+    assert "the mask is empty" in result.output
+    assert not np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "mask.nii.gz"), "no scan given"),
+        (("--t1", "none.nii.gz", "-o", "mask.nii.gz"), "t1: none.nii.gz does not exist"),
+        (("--t1", "x.nii", "-o", "mask.png"), r"end the mask's name in .nii.gz"),
+        (("--t1", "x.nii", "-o", "no/such/mask.nii"), "is no folder"),
+        (("--image", "t1", "-o", "mask.nii"), "NAME=FILE"),
+        (("--image", "dwi=x.nii", "-o", "mask.nii"), "no modality"),
+        (("--t1", "x.nii", "--image", "t1=y.nii", "-o", "mask.nii"), "given twice"),
+    ],
+)
+def test_predict_refuses_in_one_line_and_writes_nothing(checkpoint, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("predict", checkpoint, *arguments)
+    assert isinstance(result.exception, UserError), result.output
+    assert message in str(result.exception)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before

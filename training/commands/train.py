@@ -1,0 +1,71 @@
+"""`passion train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from training.config import TrainConfig
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's configuration, a YAML file.")],
+    resume: Annotated[bool, typer.Option(help="Continue the run in `out` exactly where it stopped.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the configuration's epochs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Instead of the configuration's run folder.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Instead of the configuration's data.")] = None,
+    split: Annotated[Path | None, typer.Option(help="Instead of the configuration's split.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Train a model on a prepared data set. SIGTERM and Ctrl-C save and stop; --resume continues."""
+    from training.trainer import StepReport, Trainer
+
+    changes = {"epochs": epochs, "out": out, "data": data, "split": split, "device": device}
+    settings = TrainConfig.read(config, {k: v for k, v in changes.items() if v is not None})
+    trainer = Trainer(settings, resume=resume)
+    console = Console()
+    console.print(
+        f"{len(trainer.subjects.cases)} subjects, {settings.epochs} epochs of {trainer.steps} steps, "
+        f"crop {'x'.join(map(str, trainer.task.patch_size))}, {trainer.device}, "
+        f"PASSION {'on' if settings.passion else 'off'}"
+    )
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        total = settings.epochs * trainer.steps
+        bar = progress.add_task("", total=total, epoch=trainer.state.epoch, losses="")
+
+        def show(report: StepReport) -> None:
+            parts = " ".join(f"{name} {value:.3f}" for name, value in report.means.items())
+            beta = " ".join(f"{b:.2f}" for b in report.beta)
+            progress.update(
+                bar,
+                completed=report.epoch * report.steps + report.step,
+                epoch=report.epoch,
+                losses=f"{parts} | beta {beta}",
+            )
+
+        def tell(record: dict[str, Any]) -> None:
+            if not console.is_terminal:  # a log has no progress bar: a line per epoch instead
+                loss = " ".join(f"{name} {value:.3f}" for name, value in record["loss"].items())
+                print(f"epoch {record['epoch']}: {loss} ({record['seconds']:.0f} s)", flush=True)
+
+        finished = trainer.run(show, tell)
+    if finished:
+        console.print(f"done: {trainer.folder}", soft_wrap=True)
+    else:
+        console.print(
+            f"stopped and saved in epoch {trainer.state.epoch}, step {trainer.state.step}: {trainer.folder}; "
+            "continue with --resume",
+            soft_wrap=True,
+        )

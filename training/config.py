@@ -1,0 +1,75 @@
+"""`TrainConfig`: one training run, read from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.task import first_problem
+from training.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainConfig(BaseModel):
+    """What `passion train` needs. Defaults are the published ones; paths are relative to the working directory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Path
+    """Output of `passion prepare`."""
+    split: Path
+    """Output of `passion split`: train.txt and missingness.csv."""
+    out: Path
+    """Run folder: checkpoint/, log.jsonl, tensorboard/."""
+    name: str = "passion"
+    description: str = ""
+    backbone: Literal["rfnet"] = "rfnet"
+    width: Count = 8
+    regime: Literal["idt"] = "idt"
+    passion: bool = True
+    """False trains the backbone's own loss: fuse + prm + sum_k sep_k."""
+    epochs: Count = 300
+    warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs with the separate paths only."""
+    batch_size: Count = 1
+    learning_rate: float = Field(default=2e-4, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    crop: tuple[Count, Count, Count] | None = None
+    """Voxels of a training crop, and so of an inference window; the task's patch size if not given."""
+    foreground: float = Field(default=0.0, ge=0, le=1)
+    """Share of crops centred on a labelled voxel. The paper's crops are all uniform: 0."""
+    seed: int = 1037
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes; 0 loads in the training process. Results do not depend on it."""
+
+    @classmethod
+    def read(cls, path: Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:
+        """From a YAML file, with `changes` in place of its values. Raises `UserError` naming file and field."""
+        try:
+            content = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: expected `key: value` lines such as `data: prepared`")
+        try:
+            config = cls.model_validate(content | dict(changes or {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(p) for p in first["loc"])
+            if first["type"] == "extra_forbidden":
+                raise UserError(f"{path}: unknown key {field!r}; known keys: {', '.join(cls.model_fields)}") from None
+            raise UserError(f"{path}: {first_problem(error)}") from None
+        if config.warmup_epochs >= config.epochs:
+            raise UserError(
+                f"{path}: warmup_epochs {config.warmup_epochs} leaves no epoch of {config.epochs} to train; lower it"
+            )
+        return config

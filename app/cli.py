@@ -1,0 +1,233 @@
+"""`passion-server`: start the service, or use one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from app.client import Client
+    from app.jobs.settings import Settings
+
+NOT_DONE, REFUSED, INTERRUPTED = 1, 2, 130
+
+cli = typer.Typer(
+    name="passion-server",
+    help="The segmentation service: start it (up, api, worker) or send it images (segment). "
+    "Settings come from PASSION_* variables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Models = Annotated[Path | None, typer.Option(help="Folder of checkpoint folders. [PASSION_MODELS]", show_default=False)]
+Store = Annotated[Path | None, typer.Option(help="Folder of the jobs' files. [PASSION_STORE]", show_default=False)]
+Host = Annotated[str | None, typer.Option(help="Address to listen on. [PASSION_HOST]", show_default=False)]
+Port = Annotated[int | None, typer.Option(help="Port; 0 takes a free one. [PASSION_PORT]", show_default=False)]
+
+
+@cli.command()
+def up(host: Host = None, port: Port = None, models: Models = None, store: Store = None) -> None:
+    """Start all of it: Redis if none is set, the API and one worker. One Ctrl-C stops all.
+
+    Prints `PASSION Seg is ready at URL` on standard output when jobs can be sent; logs go to standard error. Without a
+    store, jobs are kept until the service stops; with one, files and records outlive it.
+    """
+    from app.redis_server import NoRedisError
+    from app.stack import StackError, run_stack
+
+    settings = _settings(host=host, port=port, models=models, store=store)
+    own_redis = not (os.environ.get("PASSION_REDIS_URL") or os.environ.get("REDIS_URL"))
+    keep = not own_redis or store is not None or bool(os.environ.get("PASSION_STORE"))
+    try:
+        run_stack(settings, keep, own_redis, _announce)
+    except (StackError, NoRedisError) as error:
+        _give_up(str(error))
+
+
+def _announce(url: str) -> None:
+    print(f"PASSION Seg is ready at {url} (its description: {url}/docs). Ctrl-C stops it.", flush=True)
+
+
+@cli.command()
+def api(
+    host: Host = None,
+    port: Port = None,
+    models: Models = None,
+    store: Store = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
+) -> None:
+    """Start the API alone. It needs Redis, and jobs wait until a worker comes."""
+    import socket
+
+    import uvicorn
+
+    settings = _settings(host=host, port=port, models=models, store=store)
+    os.environ.update(settings.environment())  # where the application reads them
+    config = uvicorn.Config(
+        "app.web.application:create_asgi",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, int(settings.stop_grace)),
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=None if fd is None else [socket.socket(fileno=fd)])
+    if not server.started:
+        raise typer.Exit(NOT_DONE)
+
+
+@cli.command()
+def worker(models: Models = None, store: Store = None) -> None:
+    """Start a worker alone. It needs Redis, the store that the API writes to, and the models."""
+    from app.stack import worker_command, worker_environment
+
+    settings = _settings(models=models, store=store)
+    command = worker_command()
+    sys.stdout.flush()
+    # In this process's place: whoever stops this command stops Celery itself.
+    os.execve(command[0], command, worker_environment(os.environ | settings.environment()))
+
+
+@cli.command()
+def segment(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("-o", "--output", help="Where the mask goes, .nii.gz or .nii.")],
+    url: Annotated[str, typer.Option(help="Where the service is.", envvar="PASSION_URL")] = "http://127.0.0.1:8000",
+    flair: Annotated[Path | None, typer.Option(help="FLAIR volume.", show_default=False)] = None,
+    t1ce: Annotated[Path | None, typer.Option(help="Contrast-enhanced T1 volume.", show_default=False)] = None,
+    t1: Annotated[Path | None, typer.Option(help="T1 volume.", show_default=False)] = None,
+    t2: Annotated[Path | None, typer.Option(help="T2 volume.", show_default=False)] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="A volume of any modality of the model, by name.", show_default=False),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Which model; see GET /models.", show_default=False)] = None,
+    keep: Annotated[bool, typer.Option(help="Leave the job on the service instead of deleting it.")] = False,
+) -> None:
+    """Send volumes of one patient to a service and get the mask, on the grid of the first volume given.
+
+    Status 0: the mask is there and whole. 1: it is not, and it may be worth trying again. 2: the input was refused.
+    """
+    from app.client import Client, ClientError
+    from app.progress import JobProgress
+
+    named = {"flair": flair, "t1ce": t1ce, "t1": t1, "t2": t2}
+    images: dict[str, Path] = {}
+    for option in context.params:  # in the order of the command line, which decides whose grid the mask has
+        if option == "image":
+            for text in image or []:
+                _add(images, *_named_file(text))
+        elif named.get(option) is not None:
+            _add(images, option, named[option])
+    if not images:
+        _give_up("give at least one volume, such as --flair flair.nii.gz or --image NAME=FILE", REFUSED)
+    if not out.name.endswith((".nii", ".nii.gz")):
+        _give_up(f"{out}: the mask's name must end in .nii.gz or .nii", REFUSED)
+    if not out.parent.is_dir():
+        _give_up(f"{out.parent} is no folder: make it first", REFUSED)
+    job: dict[str, Any] | None = None
+    with Client(url) as client, JobProgress(sum(path.stat().st_size for path in images.values())) as progress:
+        try:
+            job = client.submit(images, model, progress.sent)
+            progress.accepted()
+            done = client.wait(job, progress.job)
+        except ClientError as error:
+            progress.stop()
+            _forget(client, job)
+            _give_up(str(error), REFUSED if error.refused else NOT_DONE)
+        except KeyboardInterrupt:
+            progress.stop()
+            _forget(client, job)
+            _give_up("stopped; the service was told to delete the job", INTERRUPTED)
+        try:
+            client.fetch(done, out)
+        except ClientError as error:
+            progress.stop()
+            _give_up(f"{error}; the mask is still at {url.rstrip('/')}{done['links']['mask']}")
+        if not keep:
+            _forget(client, done)
+    _report(done, out)
+
+
+def _forget(client: Client, job: dict[str, Any] | None) -> None:
+    """Leave no scans behind on the service. If it is away there is nothing more to do."""
+    from app.client import ClientError
+
+    if job is not None:
+        with suppress(ClientError):
+            client.delete(job)
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        _give_up(f"--image {text}: write NAME=FILE, such as flair=flair.nii.gz", REFUSED)
+    return name, Path(file)
+
+
+def _add(images: dict[str, Path], name: str, path: Path | None) -> None:
+    assert path is not None
+    if name in images:
+        _give_up(f"{name} is given twice", REFUSED)
+    if not path.is_file():
+        _give_up(f"{path}: no such file", REFUSED)
+    images[name] = path
+
+
+def _report(job: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    volumes, expected = job["volumes_ml"], (job["expected_dice"] or {})
+    table = Table("region", "volume, mL", "expected Dice")
+    for region, volume in volumes.items():
+        dice = expected.get("dice", {}).get(region)
+        table.add_row(region, f"{volume:.2f}", "not measured" if dice is None else f"{dice:.3f}")
+    console.print(table)
+    if not any(volumes.values()):
+        console.print("[bold]The mask is empty: the model found nothing.[/bold]")
+    if expected:
+        given = ", ".join(job["modalities"]["given"])
+        console.print(
+            f"Expected Dice: the model's own, on {expected['cases']} cases of {expected['dataset']} with {given}."
+        )
+    console.print(f"Mask: {out}")
+    console.print(job["notice"], style="dim")
+
+
+def _settings(**changes: object) -> Settings:
+    from pydantic import ValidationError
+
+    from app.jobs.settings import Settings
+
+    try:
+        return Settings(**{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(str(part) for part in first["loc"]).upper()
+        variable = f"PASSION_{name.removeprefix('PASSION_')}: " if name else ""
+        _give_up(f"{variable}{first['msg'].removeprefix('Value error, ')}", REFUSED)
+
+
+def _give_up(message: str, status: int = NOT_DONE) -> NoReturn:
+    print(f"passion-server: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""`Client`: the way of a request seen from outside: send, poll, fetch. Needs httpx and nothing of the service's."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Self, cast
+
+import httpx
+
+POLL_FIRST, POLL_MOST = 0.2, 2.0
+
+OnBytes = Callable[[int], None]
+OnJob = Callable[[dict[str, Any]], None]
+
+
+class ClientError(RuntimeError):
+    """The mask was not had. The message says why, in one line; `refused` if the images must be changed first."""
+
+    def __init__(self, message: str, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class _Watched:
+    """A file that tells how much of it was read. What httpx asks of a file, and no more."""
+
+    def __init__(self, file: BinaryIO, on_bytes: OnBytes) -> None:
+        self._file = file
+        self._on_bytes = on_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._on_bytes(len(data))
+        return data
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+
+class Client:
+    """Talks to one service. Methods raise `ClientError`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        # Reading has a long limit: after the last byte the service looks through all the voxels before it answers.
+        self._http = httpx.Client(base_url=self._url, timeout=httpx.Timeout(30, read=600, write=120))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def submit(self, images: Mapping[str, Path], model: str | None, on_bytes: OnBytes) -> dict[str, Any]:
+        """Send the images, keyed by modality, in order. The names of the files stay here: they often name a patient."""
+        files: dict[str, Any] = {}
+        try:
+            for name, path in images.items():
+                suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+                files[name] = (f"{name}{suffix}", _Watched(path.open("rb"), on_bytes), "application/octet-stream")
+            return self._json("POST", "/segment", files=files, data={"model": model} if model else {})
+        except OSError as error:
+            raise ClientError(f"{error.filename}: {error.strerror}", refused=True) from error
+        finally:
+            for _, watched, _ in files.values():
+                watched._file.close()
+
+    def wait(self, job: dict[str, Any], on_job: OnJob) -> dict[str, Any]:
+        """Poll until the job is over. Raises for one that did not succeed."""
+        pause = POLL_FIRST
+        while job["state"] in ("queued", "running"):
+            time.sleep(pause)
+            pause = min(pause * 1.3, POLL_MOST)
+            job = self._json("GET", job["links"]["self"])
+            on_job(job)
+        if job["state"] != "succeeded":
+            error = job.get("error") or {}
+            raise ClientError(f"the job has {job['state']}: {error.get('detail', 'no reason was given')}")
+        return job
+
+    def fetch(self, job: dict[str, Any], out: Path) -> None:
+        """Write the mask, whole or not at all."""
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        gzipped = out.name.endswith(".gz")
+        try:
+            with self._http.stream("GET", job["links"]["mask"]) as response:
+                if response.is_error:
+                    response.read()
+                    raise _refusal(response)
+                data = response.read()
+            nifti = gzip.decompress(data)  # its check sum says whether all of it arrived
+            temporary.write_bytes(data if gzipped else nifti)
+            os.replace(temporary, out)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ClientError("the mask arrived damaged; its job is kept, try again") from error
+        except OSError as error:
+            raise ClientError(f"cannot write {out}: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def delete(self, job: dict[str, Any]) -> None:
+        """Stop a job and remove its files."""
+        try:
+            self._http.delete(job["links"]["self"])
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.is_error:
+            raise _refusal(response)
+        try:
+            return cast(dict[str, Any], response.json())
+        except ValueError as error:
+            raise ClientError(f"{self._url} does not answer as PASSION Seg does; is the address right?") from error
+
+    def _unreachable(self, error: httpx.HTTPError) -> ClientError:
+        return ClientError(f"cannot reach {self._url}: {error or type(error).__name__}")
+
+
+def _refusal(response: httpx.Response) -> ClientError:
+    try:
+        problem = response.json()
+        words = [problem.get("detail") or problem["title"], problem.get("remedy")]
+    except (ValueError, KeyError, AttributeError):
+        words = [f"the service answered {response.status_code}"]
+    return ClientError(". ".join(w.rstrip(".") for w in words if w), refused=400 <= response.status_code < 500)

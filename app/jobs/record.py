@@ -1,0 +1,107 @@
+"""`Job`: the record of one segmentation, from the accepted upload to its end."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class JobState(StrEnum):
+    """Where a job is. It only moves downwards in this list, but for a lost worker's job, which is started again."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing will change any more."""
+        return self not in {JobState.QUEUED, JobState.RUNNING}
+
+
+class _Record(BaseModel):
+    # `ignore`: a record written by a newer version must stay readable for an older one during an upgrade.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class InputFile(_Record):
+    """One uploaded image: which modality it is and what it is called on the store (never what the sender called it)."""
+
+    modality: str
+    filename: str
+
+
+class Failure(_Record):
+    """Why a job failed, in words for its sender."""
+
+    title: str
+    detail: str
+    reference: str | None = None
+    """Stands beside the full story in the worker's log, for failures that are ours and not the input's."""
+
+
+class LabelName(_Record):
+    """What one value in the mask stands for."""
+
+    value: int
+    name: str
+
+
+class Expectation(_Record):
+    """What the model scored on its own test set when it was given exactly this job's modalities."""
+
+    dataset: str
+    cases: int
+    dice: dict[str, float | None]
+    """Mean Dice per region, 0..1; None where it is undefined."""
+
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+def now() -> datetime:
+    """The present, with its time zone."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """A job id: 122 random bits, so that nobody guesses another's."""
+    return str(uuid.uuid4())
+
+
+class Job(_Record):
+    """One segmentation. Immutable: `JobStore` replaces it as a whole, or not at all."""
+
+    id: str
+    state: JobState = JobState.QUEUED
+    model: str
+    weights_sha256: str = ""
+    """Of the weights that the model's card named when the job was accepted, then of those that made the mask."""
+    inputs: tuple[InputFile, ...] = Field(min_length=1)
+    """In the order given: the mask lies on the grid of the first."""
+    missing: tuple[str, ...] = ()
+    labels: tuple[LabelName, ...] = ()
+    expected: Expectation | None = None
+
+    created: datetime = Field(default_factory=now)
+    started: datetime | None = None
+    finished: datetime | None = None
+    attempts: int = 0
+    run: str = ""
+    """Names the present attempt: a worker that was taken for lost cannot write into its successor's record."""
+    stage: str | None = None
+    percent: Percent = 0.0
+
+    volumes_ml: dict[str, float] | None = None
+    error: Failure | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Canonical names of the modalities that were sent, in the order given."""
+        return tuple(item.modality for item in self.inputs)

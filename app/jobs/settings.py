@@ -1,0 +1,93 @@
+"""`Settings`: everything that can be set from outside, each by one environment variable."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+Bytes = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+def packaged_checkpoints() -> Path:
+    """Where the installed `models` package keeps its checkpoints; found without importing it, and so without torch."""
+    spec = importlib.util.find_spec("models")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return Path(places[0] if places else "models") / "checkpoints"
+
+
+def default_store() -> Path:
+    """A folder of this user's own, so that jobs never lie where others of the machine can read them."""
+    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(data) / "passion-seg" / "jobs"
+
+
+class Settings(BaseSettings):
+    """Read from `PASSION_<NAME>`; a value that cannot be right stops the process at its start, naming the variable."""
+
+    model_config = SettingsConfigDict(env_prefix="PASSION_", env_ignore_empty=True, frozen=True)
+
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6379/0",
+        validation_alias=AliasChoices("PASSION_REDIS_URL", "REDIS_URL", "redis_url"),
+        description="The Redis that holds job records and the queue (`REDIS_URL` is read too). One database per stack.",
+    )
+    store: Path = Field(
+        default_factory=default_store, description="Folder of the jobs' files, shared by API and workers."
+    )
+    models: Path = Field(
+        default_factory=packaged_checkpoints, description="Folder of checkpoint folders, one per model served."
+    )
+    default_model: str | None = Field(
+        default=None, description="Model for requests that name none. Unset: the only one there is."
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address the API listens on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port of the API; 0 takes a free one.")
+
+    max_file_bytes: Bytes = Field(default=256 * MiB, description="Bytes of one uploaded file, as sent.")
+    max_request_bytes: Bytes = Field(default=GiB, description="Bytes of one request.")
+    max_uncompressed_bytes: Bytes = Field(default=GiB, description="Bytes one file may decompress to.")
+    max_voxels: int = Field(default=1 << 26, gt=0, description="Voxels of one volume (2^26 is 512 x 512 x 256).")
+    min_axis: int = Field(default=8, ge=1, description="Voxels that each axis must have at least.")
+    min_spacing: float = Field(default=0.1, gt=0, description="Smallest voxel edge, mm.")
+    max_spacing: float = Field(default=20.0, gt=0, description="Largest voxel edge, mm.")
+    min_overlap: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the smaller of two fields of view that both must cover."
+    )
+    checks: int = Field(default=2, ge=1, description="Uploads whose voxels are checked at the same time.")
+
+    soft_time_limit: Seconds = Field(default=1800, description="Seconds a job may run before it fails with a reason.")
+    hard_time_limit: Seconds = Field(default=1860, description="Seconds after which its process is killed.")
+    max_attempts: int = Field(default=3, ge=1, description="Times a job is started before it is given up.")
+    cancelled_kept: Seconds = Field(default=3600, description="Seconds the record of a cancelled job stays readable.")
+    stop_grace: Seconds = Field(default=5, description="Seconds a stopping process has for what it is doing.")
+    redis_timeout: Seconds = Field(default=3, description="Seconds to wait for Redis before answering 503.")
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    concurrency: int = Field(
+        default=1, ge=1, description="Child processes of one worker, one per GPU: child i of `cuda` takes GPU i."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.hard_time_limit <= self.soft_time_limit:
+            raise ValueError("PASSION_HARD_TIME_LIMIT must be longer than PASSION_SOFT_TIME_LIMIT")
+        if self.max_file_bytes > self.max_request_bytes:
+            raise ValueError("PASSION_MAX_FILE_BYTES must not be larger than PASSION_MAX_REQUEST_BYTES")
+        if self.min_spacing >= self.max_spacing:
+            raise ValueError("PASSION_MIN_SPACING must be smaller than PASSION_MAX_SPACING")
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make a child process read these very settings."""
+        return {f"PASSION_{name.upper()}": str(value) for name, value in self.model_dump().items() if value is not None}

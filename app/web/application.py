@@ -1,0 +1,152 @@
+"""`create_app`: the FastAPI application."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.jobs.cards import CardError, ModelCard
+from app.jobs.logs import configure
+from app.jobs.settings import Settings
+from app.web import problems
+from app.web.problems import ProblemDocument
+from app.web.resources import NOTICE
+from app.web.routes import problems_of, router
+from app.web.service import Service
+from app.web.unread import UnreadBody
+from app.web.version import version
+
+log = structlog.get_logger("app.web")
+
+DESCRIPTION = f"""Segments MRI volumes, brain tumours first of all, when some of the modalities are missing.
+
+Send any non-empty subset of a model's modalities to `POST /segment`, poll the job, fetch the mask. Errors are problem
+documents (RFC 9457) that name the field and the remedy.
+
+**{NOTICE}**"""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application for `settings`, by default those of the environment."""
+    settings = settings or Settings()
+    configure(settings)
+    service = Service.of(settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.blobs.open()
+        log.info("api started", models=service.models.names())
+        yield
+        service.queue.close()
+        log.info("api stopped")
+
+    app = FastAPI(title="PASSION Seg", version=version(), description=DESCRIPTION, lifespan=lifespan)
+    app.state.service = service
+    app.include_router(router)
+    problems.install(app)
+    app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
+    return app
+
+
+def create_asgi(settings: Settings | None = None) -> ASGIApp:
+    """The application as a server runs it. Around it goes what must see every answer, that of an error of ours too."""
+    return UnreadBody(RequestLog(create_app(settings)))
+
+
+class RequestLog:
+    """One log line per request: the route's pattern rather than the address, which holds the key to a job."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        structlog.contextvars.clear_contextvars()
+        start, status = time.perf_counter(), 0
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            if route not in {"/livez", "/readyz"}:
+                milliseconds = round(1000 * (time.perf_counter() - start), 1)
+                log.info("request", method=scope["method"], route=route, status=status, ms=milliseconds)
+
+
+def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
+    """The document, with the form of POST /segment as the models that are served now have it."""
+    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    components = schema.setdefault("components", {}).setdefault("schemas", {})
+    components["ProblemDocument"] = ProblemDocument.model_json_schema()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            # FastAPI's own validation errors do not leave this application: they become problem documents.
+            answer = operation["responses"].get("422", {}).get("content", {})
+            if "application/json" in answer:
+                del operation["responses"]["422"]
+            operation["responses"].setdefault("500", problems_of("internal")[500])
+    for name in ("HTTPValidationError", "ValidationError"):
+        components.pop(name, None)
+    schema["paths"]["/segment"]["post"]["requestBody"] = _form(service)
+    return schema
+
+
+def _form(service: Service) -> dict[str, Any]:
+    shelf = service.models
+    cards: dict[str, ModelCard] = {}
+    for name in shelf.names():
+        try:
+            card = shelf.get(name)
+        except CardError:
+            continue
+        if card is not None:
+            cards[name] = card
+    default = shelf.default()
+    choice: dict[str, Any] = {"type": "string", "description": "Which model to use; it may stand anywhere in the form."}
+    if cards:
+        choice["enum"] = sorted(cards)
+    if default:
+        choice["default"] = default
+    properties: dict[str, Any] = {"model": choice}
+    for name, card in cards.items():
+        for modality in card.task.modalities:
+            aliases = f" Also read as {', '.join(modality.aliases)}." if modality.aliases else ""
+            text = f"{modality.description or modality.name} ({name}).{aliases}"
+            field = properties.setdefault(modality.name, {"type": "string", "format": "binary", "description": ""})
+            field["description"] = f"{field['description']} {text}".strip()
+    return {
+        "required": True,
+        "description": "One .nii or .nii.gz file per modality, any non-empty subset, each one 3-D volume. The mask is "
+        "on the grid of the first file. Names of files are neither used nor kept.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": properties,
+                    "minProperties": 1,
+                    "additionalProperties": False,
+                },
+                "encoding": {
+                    name: {"contentType": "application/gzip, application/octet-stream"}
+                    for name in properties
+                    if name != "model"
+                },
+            }
+        },
+    }

@@ -1,0 +1,57 @@
+"""`Service`: what the routes work with, made once per process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import anyio
+from fastapi import Depends, Request
+
+from app.jobs.blobs import BlobStore
+from app.jobs.cards import ModelShelf
+from app.jobs.connection import connect
+from app.jobs.presence import Presence
+from app.jobs.queue import JobQueue
+from app.jobs.settings import Settings
+from app.jobs.store import JobStore
+
+
+@dataclass(frozen=True)
+class Service:
+    """Stores, queue and limits of one API process."""
+
+    settings: Settings
+    jobs: JobStore
+    blobs: BlobStore
+    queue: JobQueue
+    presence: Presence
+    models: ModelShelf
+    writing: anyio.CapacityLimiter
+    """Threads that write uploads. Their own, so that a reader of a job never waits behind fifty uploads."""
+    checking: anyio.CapacityLimiter
+    """Threads that read uploads through: work for a processor, so few."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Everything from the settings; connects to nothing yet."""
+        client = connect(settings)
+        return cls(
+            settings=settings,
+            jobs=JobStore(client, settings),
+            blobs=BlobStore(settings.store),
+            queue=JobQueue(settings),
+            presence=Presence(client),
+            models=ModelShelf(settings.models, settings.default_model),
+            writing=anyio.CapacityLimiter(16),
+            checking=anyio.CapacityLimiter(settings.checks),
+        )
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Here = Annotated[Service, Depends(_service)]
+"""The process's `Service`, as a route's argument."""

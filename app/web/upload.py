@@ -1,0 +1,291 @@
+"""`Upload`: a request's images on their way to the store, counted and checked; kept only if all of them will do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import Request
+
+from app.jobs.cards import CardError, ModelCard
+from app.jobs.record import InputFile
+from app.jobs.scan import Scan, ScanError, check, check_same_field_of_view, magic
+from app.web.multipart import Form, MalformedFormError, PartBegins, PartData, boundary
+from app.web.problems import Problem
+from app.web.service import Service
+
+T = TypeVar("T")
+
+MODEL_FIELD = "model"
+MAX_MODEL_NAME = 128
+BUFFER = 1 << 20
+"""Bytes of one part in memory before they are written, and so of one upload."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """One file as it lies on the store before anybody looked into it."""
+
+    field: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """An upload that will do."""
+
+    model: str
+    card: ModelCard
+    inputs: tuple[InputFile, ...]
+
+
+async def receive(request: Request, service: Service, folder: Path) -> Accepted:
+    """Stream a request's images into `folder`, check them, and give them their names. Raises `Problem`."""
+    mark = boundary(request.headers.get("content-type"))
+    if mark is None:
+        raise Problem(
+            "not-multipart",
+            "the body must be multipart/form-data with one file per modality",
+            "With curl: -F flair=@flair.nii.gz -F t2=@t2.nii.gz",
+        )
+    upload = _Upload(service, folder)
+    try:
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > service.settings.max_request_bytes:
+            raise _request_too_large(service)
+        async with aclosing(Form(mark).events(upload.counted(request.stream()))) as events:
+            async for event in events:
+                if isinstance(event, PartBegins):
+                    await upload.begin(event)
+                elif isinstance(event, PartData):
+                    await upload.data(event.data)
+                else:
+                    await upload.end()
+    except MalformedFormError as error:
+        raise Problem("malformed-multipart", str(error), "Send the form with a library rather than by hand.") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Problem("store-full", "there is no room for the upload", "Try again later.") from error
+        raise
+    finally:
+        with anyio.CancelScope(shield=True):
+            await upload.close()
+    return await upload.accept()
+
+
+class _Upload:
+    def __init__(self, service: Service, folder: Path) -> None:
+        self._service = service
+        self._limits = service.settings
+        self._folder = folder
+        self._total = 0
+        self._model: str | None = None
+        self._received: list[Received] = []
+        self._part: PartBegins | None = None
+        self._file: BinaryIO | None = None
+        self._buffer = bytearray()
+        self._size = 0
+
+    async def counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The body, up to the limit per request."""
+        async for chunk in body:
+            self._total += len(chunk)
+            if self._total > self._limits.max_request_bytes:
+                raise _request_too_large(self._service)
+            yield chunk
+
+    async def begin(self, part: PartBegins) -> None:
+        self._part, self._size = part, 0
+        self._buffer.clear()
+        if part.name == MODEL_FIELD:
+            if self._model is not None:
+                raise Problem("unknown-model", "the model is named twice", "Name one model.", field=MODEL_FIELD)
+            return
+        self._refuse_strangers(part.name)
+        if part.is_blank_choice:
+            return
+        path = self._folder / f"part-{len(self._received)}"
+        self._file = await self._write(lambda: path.open("xb"))
+        self._received.append(Received(part.name, path))
+
+    async def data(self, data: bytes) -> None:
+        assert self._part is not None
+        self._size += len(data)
+        self._buffer += data
+        if self._part.name == MODEL_FIELD:
+            if self._size > MAX_MODEL_NAME:
+                raise Problem(
+                    "unknown-model", "the model's name is too long", "GET /models lists them.", field=MODEL_FIELD
+                )
+            return
+        if self._file is None:
+            raise Problem(
+                "empty-file", f"{self._field} has content but no file name", "Send it as a file.", field=self._field
+            )
+        if self._size > self._limits.max_file_bytes:
+            raise Problem(
+                "too-large",
+                f"{self._field} is larger than {self._limits.max_file_bytes} bytes",
+                "Compress it (.nii.gz) or crop it, or ask the operator to raise PASSION_MAX_FILE_BYTES.",
+                field=self._field,
+            )
+        if len(self._buffer) >= BUFFER:
+            await self._flush()
+
+    async def end(self) -> None:
+        assert self._part is not None
+        if self._part.name == MODEL_FIELD:
+            self._model = self._buffer.decode("utf-8", "replace").strip()
+        elif self._file is not None:
+            await self._flush()
+            await self.close()
+            if self._size == 0:
+                raise Problem("empty-file", f"{self._field} has no bytes", "Choose the file again.", field=self._field)
+        self._part = None
+
+    async def close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            await self._write(file.close)
+
+    async def accept(self) -> Accepted:
+        """Look into all that was received. Raises `Problem` at the first thing that will not do."""
+        name, card = self._chosen()
+        if not self._received:
+            raise Problem(
+                "no-images",
+                "the form has no image",
+                f"Send at least one of {', '.join(card.modalities)}; any subset will do.",
+            )
+        files: dict[str, Received] = {}
+        for received in self._received:
+            modality = card.canonical(received.field)
+            if modality is None:
+                raise _unknown_field(received.field, [card])
+            if modality in files:
+                raise Problem(
+                    "duplicate-modality",
+                    f"{_short(received.field)} and {_short(files[modality].field)} are the same modality",
+                    "Send each modality once.",
+                    field=_short(received.field),
+                )
+            files[modality] = received
+        scans: list[tuple[str, Scan]] = []
+        inputs: list[InputFile] = []
+        for modality, received in files.items():
+            scan = await self._check(received)
+            filename = f"{modality}.nii.gz" if scan.compressed else f"{modality}.nii"
+            await self._write(partial(received.path.rename, self._folder / filename))
+            scans.append((modality, scan))
+            inputs.append(InputFile(modality=modality, filename=filename))
+        astray = check_same_field_of_view(scans, self._limits.min_overlap)
+        if astray is not None:
+            first, other = files[inputs[0].modality].field, files[astray].field
+            raise Problem(
+                "different-field-of-view",
+                f"{_short(other)} covers less than {self._limits.min_overlap:.0%} of where {_short(first)} lies",
+                "Send images of one session; register them to each other if their headers disagree.",
+                field=_short(other),
+            )
+        return Accepted(name, card, tuple(inputs))
+
+    async def _check(self, received: Received) -> Scan:
+        try:
+            return await run_sync(check, received.path, self._limits, limiter=self._service.checking)
+        except ScanError as error:
+            raise _scan_problem(received.field, error) from error
+
+    def _chosen(self) -> tuple[str, ModelCard]:
+        shelf = self._service.models
+        name = self._model or shelf.default()
+        known = ", ".join(shelf.names()) or "none"
+        if name is None:
+            raise Problem(
+                "model-not-chosen",
+                "no model is named and none is the default",
+                f"Name one of: {known}.",
+                field=MODEL_FIELD,
+            )
+        card = self._card(name)
+        if card is None:
+            raise Problem(
+                "unknown-model", f"there is no model {_short(name)!r}", f"Name one of: {known}.", field=MODEL_FIELD
+            )
+        return name, card
+
+    def _card(self, name: str) -> ModelCard | None:
+        try:
+            return self._service.models.get(name)
+        except CardError as error:
+            raise Problem("broken-model", str(error), "The operator must mend the model's card.") from error
+
+    def _refuse_strangers(self, field: str) -> None:
+        """Turn a field away before its bytes arrive, as far as that can be known: the model may be named after it."""
+        cards = [
+            card
+            for name in ([self._model] if self._model else self._service.models.names())
+            if (card := self._card(name)) is not None
+        ]
+        if cards and not any(card.canonical(field) for card in cards):
+            raise _unknown_field(field, cards)
+        if any(received.field == field for received in self._received):
+            raise Problem(
+                "duplicate-modality",
+                f"{_short(field)} was sent twice",
+                "Send each modality once, as one 3-D volume.",
+                field=_short(field),
+            )
+
+    async def _flush(self) -> None:
+        assert self._file is not None
+        if not self._buffer:
+            return
+        data = bytes(self._buffer)
+        if self._size == len(data):  # the first bytes of the part
+            try:
+                magic(data[:4])
+            except ScanError as error:
+                raise _scan_problem(self._field, error) from error
+        self._buffer.clear()
+        await self._write(partial(self._file.write, data))
+
+    async def _write(self, call: Callable[[], T]) -> T:
+        return await run_sync(call, limiter=self._service.writing)
+
+    @property
+    def _field(self) -> str:
+        return _short(self._part.name) if self._part else ""
+
+
+def _scan_problem(field: str, error: ScanError) -> Problem:
+    return Problem(error.kind, f"{_short(field)}: {error.detail}", error.remedy, field=_short(field))
+
+
+def _unknown_field(field: str, cards: list[ModelCard]) -> Problem:
+    names = dict.fromkeys(" or ".join([m.name, *m.aliases]) for card in cards for m in card.task.modalities)
+    return Problem(
+        "unknown-field",
+        f"{_short(field)!r} is no modality of the model",
+        f"Name the field {'; '.join(names)}.",
+        field=_short(field),
+    )
+
+
+def _request_too_large(service: Service) -> Problem:
+    return Problem(
+        "too-large",
+        f"the request is larger than {service.settings.max_request_bytes} bytes",
+        "Compress or crop the images, or ask the operator to raise PASSION_MAX_REQUEST_BYTES.",
+    )
+
+
+def _short(name: str) -> str:
+    """A name that somebody sent, fit to be sent back."""
+    return name if len(name) <= 64 else name[:61] + "..."

@@ -1,0 +1,176 @@
+import gzip
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scans import UNIT, edited, head, image, nifti, nifti_gz, scan
+
+from app.jobs.scan import Scan, ScanError, check, check_same_field_of_view, overlap
+from app.jobs.settings import Settings
+
+LIMITS = Settings(max_uncompressed_bytes=4 << 20, max_voxels=1 << 20)
+GOOD = nifti(image(head("flair")))
+
+
+def tried(tmp_path, data, limits=LIMITS):
+    path = tmp_path / "part"
+    path.write_bytes(data)
+    return check(path, limits)
+
+
+OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.1) @ np.diag([1, 1, 3]), [10, -20, 30])
+
+
+@pytest.mark.parametrize(
+    ("data", "compressed"),
+    [
+        (scan(), True),
+        (GOOD, False),
+        (nifti(image(head("flair"), kind=nib.Nifti2Image)), False),
+        (nifti(image(head("flair")[..., None])), False),
+        (nifti(image(head("flair"), OBLIQUE)), False),
+        (nifti(image(head("flair"), np.diag([-1, 1, -2, 1]))), False),
+        (nifti(image(head("flair"), sform=0, qform=0)), False),
+        (gzip.compress(GOOD[:20_000]) + gzip.compress(GOOD[20_000:]), True),
+        (GOOD + b"\0" * 100, False),
+        *[(nifti(image(head("flair").astype(t))), False) for t in ("u1", "i2", "u2", "i4", "f8", ">i2", ">f4")],
+    ],
+)
+def test_good_volumes(tmp_path, data, compressed):
+    found = tried(tmp_path, data)
+    assert found.compressed is compressed
+    assert found.shape == (40, 40, 32)
+
+
+def test_the_affine_is_the_headers(tmp_path):
+    assert np.allclose(tried(tmp_path, nifti(image(head("flair"), OBLIQUE))).affine, OBLIQUE, atol=1e-4)
+
+
+def test_a_scaled_file_is_judged_by_its_scaled_values(tmp_path):
+    data = edited(nifti(image(head("t1").astype("i2"))), scl_slope=1e38, scl_inter=0)
+    with pytest.raises(ScanError, match="float32"):
+        tried(tmp_path, data)
+    assert tried(tmp_path, edited(nifti(image(head("t1").astype("i2"))), scl_slope=np.nan, scl_inter=np.nan))
+
+
+def with_nan():
+    data = head("flair")
+    data[-1, -1, -1] = np.nan
+    return nifti_gz(image(data))
+
+
+def rgb():
+    dtype = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    return nifti(nib.Nifti1Image(np.ones((16, 16, 16), dtype), UNIT))
+
+
+BAD = {
+    "text": (b"hello, I am a scan", "not-nifti"),
+    "one byte": (b"\x00", "not-nifti"),
+    "gzipped text": (gzip.compress(b"hello" * 100), "not-nifti"),
+    "gzipped short text": (gzip.compress(b"hello"), "truncated"),
+    "dicom": (b"\0" * 128 + b"DICM" + b"\0" * 400, "not-nifti"),
+    "analyze": (edited(GOOD, magic=b"\0\0\0\0"), "not-nifti"),
+    "header of a pair": (edited(GOOD, magic=b"ni1\0"), "two-files"),
+    "header only": (GOOD[:348], "truncated"),
+    "half a header": (GOOD[:200], "truncated"),
+    "voxels missing": (GOOD[:-1], "truncated"),
+    "gzip cut off": (scan()[:-2000], "truncated"),
+    "gzip damaged": (scan()[:10] + b"\xff" * 50 + scan()[60:], "corrupt-gzip"),
+    "gzip check sum": (scan()[:-8] + b"\0" * 8, "corrupt-gzip"),
+    "bomb": (gzip.compress(GOOD + b"\0" * (5 << 20)), "too-large-uncompressed"),
+    "dims claim terabytes": (edited(GOOD, dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), "too-many-voxels"),
+    "negative dims": (edited(GOOD, dim=[3, -40, 40, 32, 1, 1, 1, 1]), "bad-header"),
+    "dims of nothing": (edited(GOOD, dim=[0, 0, 0, 0, 0, 0, 0, 0]), "bad-header"),
+    "too many dims": (edited(GOOD, dim=[9, 40, 40, 32, 1, 1, 1, 1]), "bad-header"),
+    "a slice": (edited(GOOD, dim=[2, 40, 40, 1, 1, 1, 1, 1]), "not-3d"),
+    "a series": (edited(GOOD, dim=[4, 40, 20, 32, 2, 1, 1, 1]), "not-3d"),
+    "a thin slab": (edited(GOOD, dim=[3, 40, 40, 2, 1, 1, 1, 1]), "too-few-voxels"),
+    "offset past the end": (edited(GOOD, vox_offset=2e6), "truncated"),
+    "offset in the header": (edited(GOOD, vox_offset=100), "bad-header"),
+    "offset beyond reason": (edited(GOOD, vox_offset=1e20), "bad-header"),
+    "offset of nothing": (edited(GOOD, vox_offset=0), "bad-header"),
+    "offset not a number": (edited(GOOD, vox_offset=np.nan), "bad-header"),
+    "affine not finite": (edited(GOOD, srow_x=[np.nan, 0, 0, 0]), "bad-affine"),
+    "affine infinite": (edited(GOOD, srow_x=[1, 0, 0, np.inf]), "bad-affine"),
+    "affine flat": (edited(GOOD, srow_x=[1, 1, 0, 0], srow_y=[0, 0.01, 0, 0]), "bad-affine"),
+    "affine far away": (edited(GOOD, srow_x=[1, 0, 0, 1e9]), "bad-affine"),
+    "affine zero": (edited(GOOD, srow_x=[0] * 4, srow_y=[0] * 4, srow_z=[0] * 4), "bad-spacing"),
+    "qform impossible": (edited(GOOD, sform_code=0, quatern_b=3.0), "bad-affine"),
+    "spacing in metres": (nifti(image(head("flair"), np.diag([1e-3, 1e-3, 1e-3, 1]))), "bad-spacing"),
+    "spacing huge": (nifti(image(head("flair"), np.diag([1, 1, 500, 1]))), "bad-spacing"),
+    "rgb": (rgb(), "bad-data-type"),
+    "complex": (nifti(image(head("flair").astype("c8"))), "bad-data-type"),
+    "unknown type": (edited(GOOD, datatype=9999), "bad-data-type"),
+    "binary type": (edited(GOOD, datatype=1), "bad-data-type"),
+    "nan": (with_nan(), "not-finite"),
+    "inf": (nifti(image(np.where(head("t1") > 100, np.inf, 1).astype("f4"))), "not-finite"),
+    "beyond float32": (nifti(image(head("t1").astype("f8") * 1e300)), "not-finite"),
+    "intercept not finite": (edited(GOOD, scl_slope=2, scl_inter=np.nan), "bad-header"),
+    "zeros": (nifti_gz(image(np.zeros((40, 40, 32), "i2"))), "empty-image"),
+    "constant": (nifti_gz(image(np.full((40, 40, 32), 7, "i2"))), "empty-image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_volumes_say_why(tmp_path, name):
+    data, kind = BAD[name]
+    with pytest.raises(ScanError) as caught:
+        tried(tmp_path, data)
+    assert caught.value.kind == kind
+    assert caught.value.detail
+    assert caught.value.remedy.endswith(".") or "`" in caught.value.remedy
+    assert str(tmp_path) not in caught.value.detail
+
+
+def test_a_bomb_is_stopped_at_the_limit_and_not_after_it(tmp_path, monkeypatch):
+    """Of a bomb of 200 MiB no more than the limit (and a chunk) is ever decompressed."""
+    read = 0
+    original = gzip.GzipFile.read
+
+    def counting(self, size=-1):
+        nonlocal read
+        data = original(self, size)
+        read += len(data)
+        return data
+
+    monkeypatch.setattr(gzip.GzipFile, "read", counting)
+    with pytest.raises(ScanError, match="more than"):
+        tried(tmp_path, gzip.compress(GOOD + bytes(200 << 20), 9))
+    assert read <= LIMITS.max_uncompressed_bytes + (1 << 20)
+
+
+def test_header_extensions_are_skipped(tmp_path):
+    img = image(head("flair"))
+    img.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe" * 500))
+    assert tried(tmp_path, nifti(img)).shape == (40, 40, 32)
+
+
+def box(offset, size=(100, 100, 100), affine=UNIT):
+    moved = affine.copy()
+    moved[:3, 3] += offset
+    return Scan(False, size, moved)
+
+
+def test_overlap_of_boxes():
+    assert overlap(box([0, 0, 0]), box([0, 0, 0])) == pytest.approx(1)
+    assert overlap(box([0, 0, 0]), box([50, 0, 0])) == pytest.approx(0.5)
+    assert overlap(box([0, 0, 0]), box([500, 0, 0])) == 0
+    assert overlap(box([0, 0, 0]), box([20, 20, 20], (10, 10, 10))) == pytest.approx(1)
+    flipped = np.diag([-1.0, -1, 1, 1])
+    assert overlap(box([0, 0, 0]), box([99, 99, 0], affine=flipped)) == pytest.approx(1)
+
+
+def test_the_one_that_lies_elsewhere_is_named():
+    scans = [("flair", box([0, 0, 0])), ("t1", box([5, 0, 0])), ("t2", box([0, 70, 0])), ("t1ce", box([900, 0, 0]))]
+    assert check_same_field_of_view(scans, 0.5) == "t2"
+    assert check_same_field_of_view(scans[:2], 0.5) is None
+    assert check_same_field_of_view([], 0.5) is None
+
+
+def test_the_header_is_not_trusted_with_the_length(tmp_path):
+    data = bytearray(GOOD)
+    struct.pack_into("<8h", data, 40, 3, 100, 100, 100, 1, 1, 1, 1)
+    with pytest.raises(ScanError, match=r"announces 4000000 bytes of voxels and the file ends after 204800"):
+        tried(tmp_path, bytes(data))

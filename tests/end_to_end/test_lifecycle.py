@@ -1,0 +1,118 @@
+"""A job's life from outside: waiting, running, stopped, killed, out of time."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from scans import SMALL, scan
+
+LONG = (128, 128, 128)
+"""Half a minute of work for one thread."""
+
+
+@pytest.fixture(scope="module")
+def long_scan():
+    return scan("t2", LONG)
+
+
+@pytest.fixture(scope="module")
+def short_scan():
+    return scan("t2", SMALL)
+
+
+def mask_status(stack, job):
+    response = stack.http.get(f"/jobs/{job['id']}/mask")
+    return response.status_code, response.headers["content-type"]
+
+
+PROBLEM = "application/problem+json"
+
+
+def test_from_queued_to_succeeded_and_deleted(stack, short_scan):
+    assert stack.http.get("/readyz").json() == {"status": "ready", "workers": 1, "models": ["tiny"]}
+    job = stack.post({"flair": short_scan}).json()
+    job = stack.finished(job)
+    assert (job["state"], job["percent"], job["attempts"]) == ("succeeded", 100.0, 1)
+    assert job["created"] <= job["started"] <= job["finished"]
+    assert set(job["volumes_ml"]) == {"WT", "TC", "ET"}
+    assert job["expected_dice"]["dice"] == {"WT": 0.5, "TC": 0.25, "ET": None}
+    assert [label["value"] for label in job["labels"]] == [0, 1, 2, 4]
+    assert mask_status(stack, job) == (200, "application/gzip")
+    files = sorted(str(p.relative_to(stack.store / job["id"])) for p in (stack.store / job["id"]).rglob("*.gz"))
+    assert files == ["input/flair.nii.gz", "output/mask.nii.gz"]
+    assert stack.http.delete(f"/jobs/{job['id']}").status_code == 204
+    assert job["id"] not in stack.on_store()
+    assert stack.http.get(f"/jobs/{job['id']}").status_code == 404
+    assert mask_status(stack, job) == (404, PROBLEM)
+    assert stack.http.delete(f"/jobs/{job['id']}").status_code == 404
+
+
+def test_a_running_job_is_stopped_and_a_queued_one_never_begins(stack, long_scan, short_scan):
+    running = stack.post({"t2": long_scan}).json()
+    queued = stack.post({"t2": long_scan}).json()
+    last = stack.post({"t2": short_scan}).json()
+    assert last["position"] >= 2
+    seen = stack.until(running, lambda j: j["stage"] == "segmenting" and j["percent"] > 16)
+    assert (seen["state"], seen["position"]) == ("running", None)
+    assert stack.job(queued)["position"] == 1
+    assert mask_status(stack, running) == (409, PROBLEM)
+    assert mask_status(stack, queued) == (409, PROBLEM)
+    for job in (queued, running):
+        assert stack.http.delete(f"/jobs/{job['id']}").status_code == 204
+        assert stack.job(job)["state"] == "cancelled"
+        assert job["id"] not in stack.on_store()
+        assert mask_status(stack, job) == (410, PROBLEM)
+    began = time.monotonic()
+    assert stack.finished(last)["state"] == "succeeded"
+    assert time.monotonic() - began < 20, "the worker went on with a cancelled job"
+    for job in (running, queued):
+        after = stack.job(job)
+        assert (after["state"], after["volumes_ml"]) == ("cancelled", None)
+        assert job["id"] not in stack.on_store()
+    assert stack.job(queued)["attempts"] == 0
+
+
+def test_a_killed_child_does_not_lose_its_job(stack, long_scan):
+    job = stack.post({"t2": long_scan}).json()
+    stack.until(job, lambda j: j["stage"] == "segmenting")
+    _, children = stack.children()
+    os.kill(children[0].pid, signal.SIGKILL)
+    again = stack.until(job, lambda j: j["attempts"] == 2)
+    assert again["state"] == "running"
+    stack.http.delete(f"/jobs/{job['id']}")
+
+
+def test_the_workers_parent_never_maps_torch(stack, short_scan):
+    stack.mask({"t2": short_scan})
+    parent, children = stack.children()
+    assert "libtorch" not in Path(f"/proc/{parent.pid}/maps").read_text()
+    assert any("libtorch" in Path(f"/proc/{child.pid}/maps").read_text() for child in children)
+
+
+def succeed_once(stack, files):
+    for _ in range(10):
+        if stack.finished(stack.post({"t2": files}).json())["state"] == "succeeded":
+            return
+    pytest.fail("no job succeeds")
+
+
+@pytest.mark.slow
+def test_a_job_that_takes_too_long_fails_with_a_reason(own_stack, long_scan, short_scan):
+    """At the soft limit by the task itself, at the hard one (a child that does not react) by the worker's parent."""
+    with own_stack(PASSION_SOFT_TIME_LIMIT="5", PASSION_HARD_TIME_LIMIT="7") as stack:
+        succeed_once(stack, short_scan)  # so that the model is loaded, which on a busy machine takes longer than that
+        soft = stack.finished(stack.post({"t2": long_scan}).json())
+        assert soft["state"] == "failed"
+        assert soft["error"]["title"] == "The time limit was reached"
+        assert mask_status(stack, soft) == (410, PROBLEM)
+        hung = stack.post({"t2": long_scan}).json()
+        stack.until(hung, lambda j: j["stage"] == "segmenting")
+        _, children = stack.children()
+        psutil.Process(children[0].pid).suspend()
+        hard = stack.finished(hung, within=30)
+        assert hard["error"]["title"] == "The time limit was reached"
+        succeed_once(stack, short_scan)
+        assert stack.http.get("/readyz").status_code == 200

@@ -75,19 +75,20 @@ def small_data(tmp_path_factory, small_phantoms, small_task_file):
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory, small_task_file):
-    """A checkpoint with random weights."""
-    import torch
+    """The folder of a checkpoint with random weights for the small phantoms' grid."""
+    import tiny_checkpoint
 
-    from models.backbones import build
-    from models.card import Card
-    from models.checkpoint import save_checkpoint
     from models.task import Task
 
-    task = Task.load(small_task_file)
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoints") / "small"
-    card = Card(
-        name="small", task=task, backbone="rfnet", width=8, regime="idt", passion=True, missing_rates={"t1": 0.5}
-    )
-    save_checkpoint(folder, card, build("rfnet", task, 8))
-    return folder
+    return tiny_checkpoint.make(tmp_path_factory.mktemp("checkpoints") / "small", task=Task.load(small_task_file))
+
+
+@pytest.fixture
+def one_thread():
+    """Sums are in the same order everywhere, so results are equal and not only close."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

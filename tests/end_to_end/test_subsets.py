@@ -23,13 +23,7 @@ def files(tmp_path_factory):
     return write(tmp_path_factory.mktemp("patient"), NAMES, shape=SMALL)
 
 
-@pytest.fixture(autouse=True)
-def as_many_threads_as_the_worker():
-    """Sums are in the same order, so results are equal and not only close."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def arguments(models, files, subset, out):

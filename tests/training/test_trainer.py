@@ -18,13 +18,7 @@ from training.errors import UserError
 from training.loader import batches
 from training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(small_data, out, **changes):

@@ -24,13 +24,7 @@ from models.predictor import Predictor
 from worker.checkpoints import Checkpoints, pick_device
 from worker.task import Desk, run
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ WORKDIR /src
 # The libraries in a layer of their own, which lasts until the requirements change; our code in a second, small one.
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    touch README.md LICENSE \
+    touch README.md LICENSE NOTICE \
  && pip --python /opt/passion/bin/python install -c constraints.txt ".[training,phantom]" \
  && pip --python /opt/passion/bin/python uninstall --yes passion-seg
 COPY . .

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("app", "models", "training", "worker", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("app", "models", "training", "worker", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,9 @@ Value = TypeVar("Value", bound=np.generic)
 SPACING_TOLERANCE = 0.01
 """A spacing within 1 % of the task's is taken as the task's: resampling would blur more than it mends."""
 
+MAX_WORKING_VOXELS = 2**27
+"""512^3: beyond it a header's wrong voxel size would take all memory."""
+
 
 @dataclass(frozen=True)
 class WorkingGrid:
@@ -48,7 +51,7 @@ class WorkingGrid:
 
     @classmethod
     def of(cls, reference: Grid, task: Task) -> WorkingGrid:
-        """Raises `VolumeError` for an affine without a clear orientation."""
+        """Raises `VolumeError` for an affine without a clear orientation, or a field of view beyond reason."""
         start = io_orientation(reference.affine)
         if np.isnan(start).any():
             raise VolumeError("the image's axes have no clear orientation: its affine is damaged")
@@ -62,6 +65,12 @@ class WorkingGrid:
             return cls(reference, transform, _triple(shape), affine, resampled=False)
         scale = wanted / zooms
         resampled_shape = np.maximum(np.ceil(shape / scale - 1e-6), 1).astype(int)
+        if np.prod(resampled_shape, dtype=float) > MAX_WORKING_VOXELS:
+            extent = " x ".join(f"{n * z:.0f}" for n, z in zip(shape, zooms, strict=True))
+            raise VolumeError(
+                f"the image spans {extent} mm, too much for a grid of {' x '.join(f'{s:g}' for s in wanted)} mm: "
+                "check the voxel size in its header, or crop it to the head"
+            )
         # Both grids fill the same field of view: its corner, not the first voxel's centre, is what they share.
         step = np.diag([*scale, 1.0])
         step[:3, 3] = (scale - 1) / 2

@@ -112,6 +112,13 @@ def test_scans_of_different_places_are_refused():
         take_in({"flair": make_volume(data, np.eye(4)), "t1": make_volume(data, far)}, small_task())
 
 
+def test_a_field_of_view_beyond_reason_is_refused():
+    data = np.zeros((64, 64, 64), np.float32)
+    data[30:40, 30:40, 30:40] = 1 + np.arange(1000).reshape(10, 10, 10)
+    with pytest.raises(VolumeError, match="spans 1280 x 1280 x 1280 mm"):
+        take_in({"t1": make_volume(data, np.diag([20.0, 20, 20, 1]))}, small_task())
+
+
 def test_an_empty_or_flat_scan_is_refused():
     data = np.zeros((16, 16, 16), np.float32)
     with pytest.raises(VolumeError, match="flair: every voxel is 0"):

@@ -35,7 +35,3 @@ def main() -> None:
         Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
         print(error, file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

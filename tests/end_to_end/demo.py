@@ -44,7 +44,7 @@ class DemoError(RuntimeError):
 
 def make_patient(folder: Path, seed: int, shape: str | None) -> Path:
     """A synthetic patient's folder: four scans and the truth, 240 x 240 x 155 at 1 mm if no shape is given."""
-    command = [sys.executable, "-m", "training.cli", "phantom", str(folder), "--subjects", "1", "--seed", str(seed)]
+    command = [sys.executable, "-m", "training", "phantom", str(folder), "--subjects", "1", "--seed", str(seed)]
     size = ["--shape", shape] if shape else []
     made = subprocess.run([*command, *size, "--overwrite"], check=False, timeout=300)
     if made.returncode:

@@ -61,7 +61,7 @@ def test_the_commands_themselves(stack, models, files, tmp_path):
     """`passion predict` and `passion-server segment`, both as processes, the second with aliases."""
     subset = ("t2", "flair")
     predicted, served = tmp_path / "predicted.nii.gz", tmp_path / "served.nii.gz"
-    one = [sys.executable, "-m", "training.cli", *arguments(models, files, subset, predicted)]
+    one = [sys.executable, "-m", "training", *arguments(models, files, subset, predicted)]
     two = [sys.executable, "-m", "app.cli", "segment", "--url", stack.url, "-o", str(served)]
     two += ["--image", f"t2w={files['t2']}", "--flair", str(files["flair"])]
     for command in (one, two):

@@ -12,7 +12,7 @@ from live_stack import running_stack
 
 def passion(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "training.cli", *map(str, arguments)],
+        [sys.executable, "-m", "training", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -55,3 +55,11 @@ def test_every_module_of_the_service_imports(environment: Path, tmp_path: Path) 
 
 def test_its_command_runs(environment: Path, tmp_path: Path) -> None:
     assert "segment" in _output(environment / "bin" / "passion-server", "--help", cwd=tmp_path)
+
+
+def test_passion_without_its_libraries_says_what_to_install(environment: Path, tmp_path: Path) -> None:
+    command = [str(environment / "bin" / "passion"), "train", "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "passion-seg[training]" in done.stderr
+    assert "Traceback" not in done.stderr

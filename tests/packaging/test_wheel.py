@@ -51,5 +51,5 @@ def test_metadata(wheel: Path, names: set[str]) -> None:
     assert fields["License-Expression"] == "Apache-2.0"
     assert set(fields.get_all("Provides-Extra", [])) >= {"api", "worker", "training", "phantom", "redis", "dev"}
     assert fields.get_all("License-File") == ["LICENSE", "NOTICE"]
-    assert "passion = training.cli:main" in entry_points
+    assert "passion = training.__main__:main" in entry_points
     assert "passion-server = app.cli:main" in entry_points

@@ -193,7 +193,7 @@ def test_the_command_stops_cleanly_on_sigterm(small_data, tmp_path):
     data, split = small_data
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {data}\nsplit: {split}\nout: {tmp_path}/run\nepochs: 1000\ndevice: cpu\n")
-    command = [sys.executable, "-m", "training.cli", "train", str(path)]
+    command = [sys.executable, "-m", "training", "train", str(path)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -27,9 +27,9 @@ def relative_preference(dist: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Preference:
-    """beta, the gradient-wise regularisation: one weight a modality, its l2 norm kept at 2 * sqrt(K / 4).
+    """beta, the gradient-wise regularisation: one weight a modality, starting at 1, its l2 norm kept at sqrt(K).
 
-    The paper has K = 4 and norm 2; for any K the norm is sqrt(K), so that beta starts at 1.
+    The paper has K = 4, and so norm 2.
     """
 
     beta: Tensor

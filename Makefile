@@ -22,7 +22,7 @@ help:
 demo: $(STAMP)
 	@$(PY) tests/end_to_end/demo.py --out $(OUT)
 
-# About an hour on two cores. Evaluates on phantoms that training never saw, then replaces the shipped checkpoint.
+# An hour or so on a CPU. Evaluates on phantoms that training never saw, then replaces the shipped checkpoint.
 DEMO_MODEL := glioma-phantom-rfnet
 RUN := runs/$(DEMO_MODEL)
 PASSION := $(VENV)/bin/passion

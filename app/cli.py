@@ -211,6 +211,7 @@ def _settings(**changes: object) -> Settings:
     from app.jobs.settings import Settings
 
     try:
+        # pydantic checks what the type checker cannot: names and values come from the command line.
         return Settings(**{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]

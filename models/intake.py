@@ -172,7 +172,7 @@ class Intake:
 
     def restore_classes(self, classes: Classes) -> Classes:
         """Class indices (X, Y, Z) of the box -> the reference volume's grid, exactly; for grids not resampled."""
-        back = ornt_transform(_target(self.working), io_orientation(self.working.reference.affine))
+        back = ornt_transform(io_orientation(self.working.affine), io_orientation(self.working.reference.affine))
         whole = self.box.paste(classes, self.working.shape)
         return np.ascontiguousarray(apply_orientation(whole, back))
 
@@ -240,7 +240,3 @@ def _grow(low: int, high: int, least: int) -> tuple[int, int]:
 def _triple(values: npt.NDArray[np.integer]) -> tuple[int, int, int]:
     x, y, z = (int(v) for v in values)
     return x, y, z
-
-
-def _target(working: WorkingGrid) -> npt.NDArray[np.float64]:
-    return np.asarray(io_orientation(working.affine))

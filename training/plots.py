@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from models.card import Scores
 from models.task import Task
+from training import atomic
 
 
 def dice_per_subset(scores: Scores, task: Task, path: Path) -> None:
@@ -37,6 +38,6 @@ def dice_per_subset(scores: Scores, task: Task, path: Path) -> None:
     below.set_ylim(len(task.names) - 0.5, -0.5)
     for side in ("top", "right", "bottom", "left"):
         below.spines[side].set_visible(False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    atomic.write_bytes(path, png.getvalue())

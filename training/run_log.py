@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from training import atomic
 
 
 class RunLog:
@@ -18,9 +19,7 @@ class RunLog:
         self._path = out / "log.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _epoch(line) < first_epoch]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self._path)
+            atomic.write_text(self._path, "".join(line + "\n" for line in kept))
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_epoch)
 
     def epoch(self, record: dict[str, Any]) -> None:

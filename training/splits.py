@@ -138,3 +138,16 @@ def cut_to_available(
         both = tuple(a and b for a, b in zip(mask, available[name], strict=True))
         fitted[name] = both if any(both) else tuple(available[name])
     return fitted, sum(fitted[n] != tuple(masks[n]) for n in masks)
+
+
+def read_ids(path: Path) -> list[str]:
+    """Subject names, one a line. Raises `UserError` for a missing or empty list."""
+    try:
+        ids = path.read_text().split()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the list of subjects ({error.strerror}); make it with `passion split`"
+        ) from None
+    if not ids:
+        raise UserError(f"{path}: lists no subject")
+    return ids

@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,6 +19,7 @@ from models.checkpoint import Checkpoint, CheckpointError, recover, save_checkpo
 from models.task import Task, first_problem
 from training.cases import PreparedDataset
 from training.config import TrainConfig
+from training.device import choose_device, device_name
 from training.errors import UserError
 from training.loader import Batch, Subjects, batches
 from training.missingness import MissingnessTable
@@ -28,6 +28,7 @@ from training.passion.preference import Preference
 from training.run_log import RunLog
 from training.run_state import RunState
 from training.schedule import polynomial
+from training.splits import read_ids
 
 PARTS = ("total", "fuse", "prm", "sep", "kl", "proto")
 
@@ -154,7 +155,7 @@ class Trainer:
                 "epochs_done": self.state.epoch,
                 "beta": [round(b, 6) for b in self.state.preference.beta.tolist()],
                 "seconds": round(self.state.seconds, 1),
-                "device": _device_name(self.device),
+                "device": device_name(self.device),
             },
             software=software_versions(),
         )
@@ -230,25 +231,6 @@ class Trainer:
         self._stop = True
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` or a torch device name. Raises `UserError` if it is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise UserError(f"device {wanted!r} is unknown: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {wanted!r} is not there: {torch.cuda.device_count()} CUDA devices; use cpu or auto")
-    if device.type not in {"cpu", "cuda"}:
-        raise UserError(f"device {wanted!r} is not supported: use auto, cpu, cuda or cuda:N")
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
 def _task(task: Task, config: TrainConfig) -> Task:
     if config.crop is None:
         return task
@@ -273,16 +255,3 @@ def _subjects(dataset: PreparedDataset, task: Task, config: TrainConfig) -> Subj
         cases.append(case)
         masks.append(mask)
     return Subjects(cases, masks, task, config.seed, config.foreground)
-
-
-def read_ids(path: Path) -> list[str]:
-    """Subject names, one a line. Raises `UserError` for a missing or empty list."""
-    try:
-        ids = path.read_text().split()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the list of subjects ({error.strerror}); make it with `passion split`"
-        ) from None
-    if not ids:
-        raise UserError(f"{path}: lists no subject")
-    return ids

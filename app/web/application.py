@@ -51,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     problems.install(app)
+    # FastAPI documents replacing this method as the way to change its description; to a type checker it is a method.
     app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
     return app
 

@@ -37,10 +37,11 @@ def evaluate(
     from models.checkpoint import Checkpoint, CheckpointError, save_card
     from models.predictor import Predictor
     from training import evaluation
+    from training.device import choose_device
     from training.metrics import CONVENTIONS
     from training.plots import dice_per_subset
     from training.prepare import find_cases
-    from training.trainer import choose_device, read_ids
+    from training.splits import read_ids
 
     convention = next((c for c in CONVENTIONS if c == empty), None)
     if convention is None:

@@ -57,7 +57,7 @@ def predict(
     from models.predictor import Predictor
     from models.task import TaskError
     from models.volume import VolumeError
-    from training.trainer import choose_device
+    from training.device import choose_device
 
     files: dict[str, Path] = context.meta.get(GIVEN, {})
     if not files:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.backbone import Features, Fused, Mask
 from models.blocks import ConvNormAct, Encoder, MaskedPointwise, SeparateDecoder, initialise, upsample
+from models.task import Task
 
 LEVELS = 4
 AREA_EPS = 1e-7
@@ -156,11 +157,12 @@ class FusedDecoder(nn.Module):
 class RFNet(nn.Module):
     """RFNet for any modalities and classes; sizes of x must be multiples of 8 and at least 16."""
 
-    def __init__(self, modalities: Sequence[str], classes: int, width: int = 8) -> None:
+    def __init__(self, task: Task, width: int = 8) -> None:
         super().__init__()
         if width % 8:
             raise ValueError(f"width {width} must be a multiple of 8: the finest level uses a quarter and a half of it")
-        self.modalities = tuple(modalities)
+        self.modalities = task.names
+        classes = len(task.labels)
         widths = [width * 2**level for level in range(LEVELS)]
         for name in self.modalities:
             self.add_module(f"{name}_encoder", Encoder(widths))

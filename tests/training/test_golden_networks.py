@@ -1,4 +1,4 @@
-"""RFNet and every PASSION loss against the golden figures."""
+"""Every backbone and every PASSION loss against the golden figures."""
 
 import numpy as np
 import pytest
@@ -10,12 +10,20 @@ from models.task import Task
 from training.passion.objective import terms
 
 
+def gradient_tolerance(backbone: str, key: str) -> float:
+    """Relative, of a gradient norm: tests/golden/README.md says where each comes from."""
+    if backbone == "m2ftrans":
+        return 1e-3 if key.startswith("Bottleneck.") or key in {"pos", "fusion"} else 5e-2
+    return {"mmformer": 1e-3, "rfnet": 5e-3}[backbone]
+
+
 @pytest.mark.parametrize("name", ["rfnet_32_11", "rfnet_32_12", "rfnet_80_13"])
-def test_rfnet_equals_the_golden_case(name):
+def test_the_network_equals_the_golden_case(name):
+    backbone, size, _ = name.split("_")
     case = load_case(name)
     want = case.figures
-    task = Task.load("glioma")
-    network = build("rfnet", task, width=8)
+    task = Task.load("glioma").model_copy(update={"patch_size": (int(size),) * 3})
+    network = build(backbone, task, width=8).eval()
     fill_weights(network)
 
     with torch.no_grad():
@@ -48,10 +56,12 @@ def test_rfnet_equals_the_golden_case(name):
     assert total.item() == pytest.approx(want["total_loss"], rel=1e-4)
     total.backward()
     errors = {}
+    too_far = []
     for key, parameter in network.named_parameters():
         ours_norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
         golden_norm = want["grad_norm"][key]
         errors[key] = abs(ours_norm - golden_norm) / max(golden_norm, 1e-3)
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < 5e-3, f"{worst}: {errors[worst]:.2e}"
+        if errors[key] >= gradient_tolerance(backbone, key):
+            too_far.append(f"{key}: {errors[key]:.2e}")
+    assert not too_far
     assert set(errors) == set(want["grad_norm"])

@@ -55,7 +55,8 @@ class Card(BaseModel):
     backbone: str
     width: int = Field(gt=0)
     regime: str
-    passion: bool
+    """What the model was trained on, and how: see `training.config`."""
+    method: str
     missing_rates: dict[str, float]
     """By modality, of the training subjects."""
     training: dict[str, Any] = {}

@@ -40,7 +40,7 @@ def make(folder: Path, seed: int = 0, task: "Task | None" = None) -> Path:
         backbone="rfnet",
         width=8,
         regime="idt",
-        passion=False,
+        method="none",
         missing_rates=dict.fromkeys(task.names, 0.5),
         scores=scores,
     )

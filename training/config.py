@@ -14,6 +14,10 @@ from training.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
 
+Regime = Literal["idt", "idt_drop", "pdt"]
+"""`idt`: every subject has one fixed mask. `idt_drop`: and every step draws a subset of what it has (modality dropout).
+`pdt`: every subject is complete, and every step draws the subset that the fused path is given."""
+
 
 class TrainConfig(BaseModel):
     """What `passion train` needs. Defaults are the published ones; paths are relative to the working directory."""
@@ -28,11 +32,12 @@ class TrainConfig(BaseModel):
     """Run folder: checkpoint/, log.jsonl, tensorboard/."""
     name: str = "passion"
     description: str = ""
-    backbone: Literal["rfnet"] = "rfnet"
+    backbone: str = "rfnet"
+    """A name of the registry: `passion backbones`."""
     width: Count = 8
-    regime: Literal["idt"] = "idt"
-    passion: bool = True
-    """False trains the backbone's own loss: fuse + prm + sum_k sep_k."""
+    regime: Regime = "idt"
+    method: str = "passion"
+    """`passion`, `none` for the backbone's own loss, an ablation or another balancing rule: `training.methods`."""
     epochs: Count = 300
     warmup_epochs: int = Field(default=0, ge=0)
     """Epochs with the separate paths only."""

@@ -14,8 +14,10 @@ from models.intake import Box
 from models.task import Task
 from training.augment import augment, crop_start
 from training.cases import PreparedCase
+from training.config import Regime
 
 Mask = tuple[bool, ...]
+Sample = tuple[Tensor, Tensor, Mask, Mask]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Batch:
     labels: Tensor
     """(B, D, H, W) class indices, uint8."""
     masks: list[Mask]
+    """What the fused path is given."""
+    present: list[Mask]
+    """The modalities in x, never fewer than in `masks`."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,29 @@ class Subjects:
     task: Task
     seed: int
     foreground: float = 0.0
+    regime: Regime = "idt"
 
     def order(self, epoch: int) -> list[int]:
         """Every subject once, shuffled by seed and epoch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.cases))
         return [int(i) for i in order]
 
-    def draw(self, index: int, epoch: int) -> tuple[Tensor, Tensor, Mask]:
-        """An augmented crop of one subject: images (K, D, H, W), class indices (D, H, W), mask."""
-        case, mask, size = self.cases[index], self.masks[index], self.task.patch_size
+    def subset(self, index: int, epoch: int) -> Mask:
+        """What the fused path is given of a subject in an epoch: all it has, or a non-empty subset, drawn uniformly."""
+        mask = self.masks[index]
+        if self.regime == "idt":
+            return mask
+        there = [k for k, has in enumerate(mask) if has]
+        drawn = int(np.random.default_rng([self.seed, epoch, index, 2]).integers(1, 2 ** len(there)))
+        kept = {k for place, k in enumerate(there) if drawn >> place & 1}
+        return tuple(k in kept for k in range(len(mask)))
+
+    def draw(self, index: int, epoch: int) -> Sample:
+        """An augmented crop of one subject: images (K, D, H, W), class indices (D, H, W), mask, present."""
+        case, size = self.cases[index], self.task.patch_size
+        mask = self.subset(index, epoch)
+        # Under pdt everything is there: the separate decoder learns from all, whatever the fused path is given.
+        present = self.masks[index] if self.regime == "pdt" else mask
         rng = np.random.default_rng([self.seed, epoch, index, 1])
         labels = case.labels()
         centre = None
@@ -58,26 +77,26 @@ class Subjects:
         box = Box(
             (start[0], start[1], start[2]), (start[0] + size[0], start[1] + size[1], start[2] + size[2])
         )  # reaches outside, into 0, where the case is smaller than a crop
-        there = [name for name, has in zip(self.task.names, mask, strict=True) if has]
+        there = [name for name, has in zip(self.task.names, present, strict=True) if has]
         images = []
         for name in there:
             mean, std = case.statistics(name)
             images.append((box.cut(case.image(name)) - np.float32(mean)) / np.float32(std))
         cropped = np.asarray(box.cut(labels), np.uint8)
         augmented, cropped = augment(np.stack(images).astype(np.float32), cropped, rng)
-        x = np.zeros((len(mask), *size), np.float32)
-        x[list(mask)] = augmented
-        return torch.from_numpy(x), torch.from_numpy(cropped), mask
+        x = np.zeros((len(present), *size), np.float32)
+        x[list(present)] = augmented
+        return torch.from_numpy(x), torch.from_numpy(cropped), mask, present
 
 
-class _Epoch(Dataset[tuple[Tensor, Tensor, Mask]]):
+class _Epoch(Dataset[Sample]):
     def __init__(self, subjects: Subjects, epoch: int, order: list[int]) -> None:
         self.subjects, self.epoch, self.order = subjects, epoch, order
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Mask]:
+    def __getitem__(self, position: int) -> Sample:
         return self.subjects.draw(self.order[position], self.epoch)
 
 
@@ -94,5 +113,6 @@ def batches(subjects: Subjects, epoch: int, batch_size: int, workers: int, skip:
     )
 
 
-def _collate(samples: list[tuple[Tensor, Tensor, Mask]]) -> Batch:
-    return Batch(torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples]), [s[2] for s in samples])
+def _collate(samples: list[Sample]) -> Batch:
+    x, labels, masks, present = zip(*samples, strict=True)
+    return Batch(torch.stack(x), torch.stack(labels), list(masks), list(present))

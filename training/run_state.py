@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from training.errors import UserError
-from training.passion.preference import Preference
+from training.methods import Method
 
 RESUME, OPTIMISER = "resume.json", "optimiser.safetensors"
 
@@ -26,9 +26,9 @@ class RunState:
     """The epoch to go on with."""
     step: int
     """Steps of that epoch already done."""
-    preference: Preference
+    method: Method
     sums: dict[str, float]
-    """Loss parts summed over the steps done of this epoch."""
+    """Loss parts summed over the steps done of this epoch, and how often each modality was there."""
     seconds: float
     """Training time so far."""
 
@@ -37,7 +37,7 @@ class RunState:
         record = {
             "epoch": self.epoch,
             "step": self.step,
-            "preference": self.preference.state(),
+            "method": self.method.state(),
             "sums": self.sums,
             "seconds": self.seconds,
             "config": config,
@@ -53,8 +53,10 @@ class RunState:
         return {RESUME: json.dumps(record, indent=2).encode(), OPTIMISER: save_tensors(tensors)}
 
     @classmethod
-    def restore(cls, folder: Path, optimiser: torch.optim.Optimizer, config: dict[str, Any]) -> RunState:
-        """Read `files` back and put the optimiser and torch's random generators where they were.
+    def restore(
+        cls, folder: Path, optimiser: torch.optim.Optimizer, method: Method, config: dict[str, Any]
+    ) -> RunState:
+        """Read `files` back and put the optimiser, the method and torch's random generators where they were.
 
         Raises `UserError` if nothing is there to resume, or the configuration is another.
         """
@@ -79,10 +81,11 @@ class RunState:
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
+        method.restore(record["method"])
         return cls(
             epoch=record["epoch"],
             step=record["step"],
-            preference=Preference.restore(record["preference"]),
+            method=method,
             sums=record["sums"],
             seconds=record["seconds"],
         )

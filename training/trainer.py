@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,14 +18,14 @@ from models.backbones import build
 from models.card import Card, software_versions
 from models.checkpoint import Checkpoint, CheckpointError, recover, save_checkpoint
 from models.task import Task, first_problem
-from training.cases import PreparedDataset
+from training.cases import PreparedCase, PreparedDataset
 from training.config import TrainConfig
 from training.device import choose_device, device_name
 from training.errors import UserError
 from training.loader import Batch, Subjects, batches
+from training.methods import build_method
 from training.missingness import MissingnessTable
 from training.passion.objective import Terms, terms
-from training.passion.preference import Preference
 from training.run_log import RunLog
 from training.run_state import RunState
 from training.schedule import polynomial
@@ -42,7 +43,6 @@ class StepReport:
     steps: int
     means: dict[str, float]
     """Loss parts, mean over the epoch so far."""
-    beta: list[float]
 
 
 class Trainer:
@@ -67,7 +67,8 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True
         )
-        self.state = RunState(0, 0, Preference.start(len(self.task.names)), dict.fromkeys(PARTS, 0.0), 0.0)
+        method = build_method(config.method, self.task.names, len(self.task.labels))
+        self.state = RunState(0, 0, method, self._no_sums(), 0.0)
         if resume:
             self._resume()
         self._stop = False
@@ -103,15 +104,17 @@ class Trainer:
         """One optimiser step."""
         x, labels = batch.x.to(self.device, non_blocking=True), batch.labels.to(self.device, non_blocking=True)
         warm_up = self.state.epoch < self.config.warmup_epochs
-        distil = self.config.passion and not warm_up
-        losses = terms(self.network, x, labels, batch.masks, len(self.task.labels), distil=distil)
-        beta = self.state.preference.beta.to(self.modal_weight)
-        if warm_up:
-            total = losses.warm_up(beta, self.modal_weight)
-        elif self.config.passion:
-            total = losses.passion(beta, self.modal_weight)
-        else:
-            total = losses.baseline()
+        method = self.state.method
+        losses = terms(
+            self.network,
+            x,
+            labels,
+            batch.masks,
+            len(self.task.labels),
+            present=batch.present,
+            distil=method.distils and not warm_up,
+        )
+        total = losses.warm_up(self.modal_weight) if warm_up else method.total(losses, self.modal_weight)
         self.optimiser.zero_grad()
         if not torch.isfinite(total):
             raise UserError(
@@ -123,9 +126,9 @@ class Trainer:
             if parameter.grad is None:
                 # As released: weights that a subject does not touch have gradient 0, and AdamW still moves them.
                 parameter.grad = torch.zeros_like(parameter)
+        if not warm_up:
+            method.after_backward(self.network)
         self.optimiser.step()
-        if distil:
-            self.state.preference.record(losses.dist, losses.mask)
         self._add(total, losses)
         return losses
 
@@ -147,13 +150,13 @@ class Trainer:
             backbone=self.config.backbone,
             width=self.config.width,
             regime=self.config.regime,
-            passion=self.config.passion,
+            method=self.config.method,
             missing_rates=rates,
             training={
                 "config": config,
                 "subjects": total,
                 "epochs_done": self.state.epoch,
-                "beta": [round(b, 6) for b in self.state.preference.beta.tolist()],
+                "figures": self.state.method.figures(),
                 "seconds": round(self.state.seconds, 1),
                 "device": device_name(self.device),
             },
@@ -173,42 +176,51 @@ class Trainer:
             self.step(batch)
             self.state.step += 1
             self.state.seconds += time.monotonic() - started
-            on_step(
-                StepReport(
-                    self.state.epoch, self.state.step, self.steps, self._means(), self.state.preference.beta.tolist()
-                )
-            )
+            on_step(StepReport(self.state.epoch, self.state.step, self.steps, self._means()))
             if self._stop:
                 self.save()
                 return False
         return True
 
     def _end_epoch(self) -> dict[str, Any]:
-        names = self.task.names
-        dist = self.state.preference.update(self.state.epoch)
+        method = self.state.method
         record = {
             "epoch": self.state.epoch,
             "lr": self.optimiser.param_groups[0]["lr"],
             "loss": {k: round(v, 6) for k, v in self._means().items()},
-            "dist": dict(zip(names, dist.tolist(), strict=True)),
-            "beta": dict(zip(names, self.state.preference.beta.tolist(), strict=True)),
-            "eta": self.state.preference.eta,
+            "sep": {
+                name: round(self.state.sums[f"sep/{name}"] / self.state.sums[f"seen/{name}"], 6)
+                for name in self.task.names
+                if self.state.sums[f"seen/{name}"]
+            },
+            **method.end_epoch(self.state.epoch),
+            **method.figures(),
             "seconds": round(self.state.seconds, 2),
         }
         self.state.epoch += 1
         self.state.step = 0
-        self.state.sums = dict.fromkeys(PARTS, 0.0)
+        self.state.sums = self._no_sums()
         return record
 
+    def _no_sums(self) -> dict[str, float]:
+        by_modality = [f"{what}/{name}" for what in ("sep", "seen") for name in self.task.names]
+        return dict.fromkeys((*PARTS, *by_modality), 0.0)
+
     def _add(self, total: Tensor, losses: Terms) -> None:
-        for name in PARTS:
-            value = total if name == "total" else getattr(losses, name).sum()
-            self.state.sums[name] += value.item()
+        sums = self.state.sums
+        for part in PARTS:
+            value = total if part == "total" else getattr(losses, part).sum()
+            sums[part] += value.item()
+        sep, seen = losses.sep.sum(0).tolist(), losses.present.sum(0).tolist()
+        for k, name in enumerate(self.task.names):
+            sums[f"sep/{name}"] += sep[k]
+            sums[f"seen/{name}"] += seen[k]
 
     def _means(self) -> dict[str, float]:
-        return {name: value / max(self.state.step, 1) for name, value in self.state.sums.items()}
+        return {part: self.state.sums[part] / max(self.state.step, 1) for part in PARTS}
 
     def _modal_weight(self) -> Tensor:
+        """N / N_k; under `pdt` the masks are full, and so all are 1."""
         counts = torch.tensor([list(m) for m in self.subjects.masks], dtype=torch.float32).sum(0)
         missing = [n for n, c in zip(self.task.names, counts, strict=True) if c == 0]
         if missing:
@@ -225,7 +237,9 @@ class Trainer:
             raise UserError(f"nothing to resume: {error}") from None
         network: nn.Module = self.network
         network.load_state_dict(checkpoint.network.state_dict())
-        self.state = RunState.restore(self.folder, self.optimiser, self.config.model_dump(mode="json"))
+        self.state = RunState.restore(
+            self.folder, self.optimiser, self.state.method, self.config.model_dump(mode="json")
+        )
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._stop = True
@@ -241,17 +255,31 @@ def _task(task: Task, config: TrainConfig) -> Task:
 
 
 def _subjects(dataset: PreparedDataset, task: Task, config: TrainConfig) -> Subjects:
-    ids = read_ids(config.split / "train.txt")
-    table = MissingnessTable.read(config.split / "missingness.csv", task)
-    cases, masks = [], []
-    for case_id in ids:
-        case = dataset.case(case_id)
-        if case_id not in table.masks:
-            raise UserError(f"{config.split}/missingness.csv: has no row for training subject {case_id!r}")
-        mask = table.masks[case_id]
+    cases = [dataset.case(case_id) for case_id in read_ids(config.split / "train.txt")]
+    masks = _complete(cases, task) if config.regime == "pdt" else _assigned(cases, task, config.split)
+    return Subjects(cases, masks, task, config.seed, config.foreground, config.regime)
+
+
+def _complete(cases: list[PreparedCase], task: Task) -> list[tuple[bool, ...]]:
+    for case in cases:
+        absent = [n for n in task.names if n not in case.modalities]
+        if absent:
+            raise UserError(
+                f"{case.folder}: has no {', '.join(absent)}, but regime pdt trains on complete subjects; use idt or "
+                "idt_drop, or list complete subjects only"
+            )
+    return [(True,) * len(task.names)] * len(cases)
+
+
+def _assigned(cases: list[PreparedCase], task: Task, split: Path) -> list[tuple[bool, ...]]:
+    table = MissingnessTable.read(split / "missingness.csv", task)
+    masks = []
+    for case in cases:
+        if case.id not in table.masks:
+            raise UserError(f"{split}/missingness.csv: has no row for training subject {case.id!r}")
+        mask = table.masks[case.id]
         absent = [n for n, has in zip(task.names, mask, strict=True) if has and n not in case.modalities]
         if absent:
             raise UserError(f"{case.folder}: has no {', '.join(absent)}, but missingness.csv gives it to the subject")
-        cases.append(case)
         masks.append(mask)
-    return Subjects(cases, masks, task, config.seed, config.foreground)
+    return masks

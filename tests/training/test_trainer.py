@@ -108,7 +108,7 @@ def test_a_missing_modality_is_never_read_and_its_encoder_still_decays(small_dat
 
 
 def test_without_passion_no_student_runs(small_data, tmp_path):
-    trainer = Trainer(config(small_data, tmp_path, passion=False))
+    trainer = Trainer(config(small_data, tmp_path, method="none"))
     losses = trainer.step(next(batches(trainer.subjects, 0, 1, 0)))
     assert not losses.kl.any()
     assert not losses.proto.any()

@@ -31,7 +31,7 @@ def train(
     console.print(
         f"{len(trainer.subjects.cases)} subjects, {settings.epochs} epochs of {trainer.steps} steps, "
         f"crop {'x'.join(map(str, trainer.task.patch_size))}, {trainer.device}, "
-        f"PASSION {'on' if settings.passion else 'off'}"
+        f"regime {settings.regime}, method {settings.method}"
     )
     columns = (
         TextColumn("epoch {task.fields[epoch]}"),
@@ -47,12 +47,11 @@ def train(
 
         def show(report: StepReport) -> None:
             parts = " ".join(f"{name} {value:.3f}" for name, value in report.means.items())
-            beta = " ".join(f"{b:.2f}" for b in report.beta)
             progress.update(
                 bar,
                 completed=report.epoch * report.steps + report.step,
                 epoch=report.epoch,
-                losses=f"{parts} | beta {beta}",
+                losses=parts,
             )
 
         def tell(record: dict[str, Any]) -> None:

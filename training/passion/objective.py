@@ -18,6 +18,37 @@ PROTO_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
+class Switches:
+    """Which parts of PASSION count: the rows of the paper's ablation."""
+
+    pixel: bool = True
+    """The pixel-wise distillation `kl`."""
+    semantic: bool = True
+    """The semantic-wise distillation `proto`."""
+    task_wise: bool = True
+    """`sep` and `proto` for lagging modalities only; otherwise for all present."""
+    gradient_wise: bool = True
+    """beta; otherwise 1."""
+
+
+EVERYTHING = Switches()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a batch and what the network made of it."""
+
+    mask: tuple[bool, ...]
+    """What the fused path was given."""
+    truth: Truth
+    features: Features
+    """Of every encoded modality, which may be more than `mask` has."""
+    teacher: Fused
+    alone: list[Tensor | None]
+    """Class probabilities (C, V) of the separate decoder by modality, None where not encoded."""
+
+
+@dataclass(frozen=True)
 class Terms:
     """The unweighted losses of a batch. `sep`, `kl`, `proto`, `dist` are 0 where a modality is missing."""
 
@@ -34,7 +65,10 @@ class Terms:
     dist: Tensor
     """(B, K), without gradient."""
     mask: Tensor
-    """(B, K) bool"""
+    """(B, K) bool: the modalities of the fused path."""
+    present: Tensor
+    """(B, K) bool: the modalities with a `sep`; under `pdt` all, whatever the fused path is given."""
+    samples: list[Sample]
 
     def preference(self) -> Tensor:
         """Relative preference (K,); positive for the modalities that lag."""
@@ -44,42 +78,43 @@ class Terms:
         """The backbone's own loss, without PASSION: fuse + prm + sum_k sep_k."""
         return self.fuse.sum() + self.prm.sum() + self.sep.sum()
 
-    def passion(self, beta: Tensor, modal_weight: Tensor) -> Tensor:
+    def passion(self, beta: Tensor, modal_weight: Tensor, switches: Switches = EVERYTHING) -> Tensor:
         """The total with beta (K,) and w = N / N_k (K,); only modalities that lag in this batch get sep and proto."""
-        lag = (self.preference() > 0).to(beta.dtype)
-        weight = beta * modal_weight
-        per_modality = (
-            lag * weight * self.sep.sum(0)
-            + KL_WEIGHT * weight * self.kl.sum(0)
-            + PROTO_WEIGHT * lag * modal_weight * self.proto.sum(0)
-        )
+        lag = (self.preference() > 0).to(beta.dtype) if switches.task_wise else torch.ones_like(beta)
+        weight = beta * modal_weight if switches.gradient_wise else modal_weight
+        per_modality = lag * weight * self.sep.sum(0)
+        if switches.pixel:
+            per_modality = per_modality + KL_WEIGHT * weight * self.kl.sum(0)
+        if switches.semantic:
+            per_modality = per_modality + PROTO_WEIGHT * lag * modal_weight * self.proto.sum(0)
         return self.fuse.sum() + self.prm.sum() + per_modality.sum()
 
-    def warm_up(self, beta: Tensor, modal_weight: Tensor) -> Tensor:
-        """Only the separate paths: sum_k beta_k w_k sep_k."""
-        return (beta * modal_weight * self.sep.sum(0)).sum()
-
-
-@dataclass(frozen=True)
-class _Sample:
-    mask: tuple[bool, ...]
-    truth: Truth
-    features: Features
-    teacher: Fused
+    def warm_up(self, modal_weight: Tensor) -> Tensor:
+        """Only the separate paths: sum_k beta_k w_k sep_k, where beta is still 1."""
+        return (modal_weight * self.sep.sum(0)).sum()
 
 
 def terms(
-    network: Backbone, x: Tensor, labels: Tensor, masks: Sequence[Mask], classes: int, *, distil: bool = True
+    network: Backbone,
+    x: Tensor,
+    labels: Tensor,
+    masks: Sequence[Mask],
+    classes: int,
+    *,
+    present: Sequence[Mask] | None = None,
+    distil: bool = True,
 ) -> Terms:
     """All losses of a batch x (B, K, D, H, W), class indices labels (B, D, H, W), one mask per sample.
 
-    Without `distil` (the baseline) no student runs: kl, proto and dist are 0. Samples run one by one: masks differ, and
+    `present` is what the separate decoder learns from, by sample: `masks` if not given, and never less. Without
+    `distil` (the baseline) no student runs: kl, proto and dist are 0. Samples run one by one: masks differ, and
     InstanceNorm makes a sample's result independent of its batch.
     """
-    samples = []
-    for b, mask in enumerate(masks):
-        features = network.encode(x[b : b + 1], mask)
-        samples.append(_Sample(tuple(mask), Truth.of(labels[b], classes), features, network.fuse(features, mask)))
+    present = masks if present is None else present
+    samples = [
+        _run(network, x[b : b + 1], Truth.of(labels[b], classes), tuple(mask), present[b])
+        for b, mask in enumerate(masks)
+    ]
     zero = x.new_zeros(())
     columns = len(masks[0])
     fuse, prm, sep = [], [], []
@@ -90,8 +125,7 @@ def terms(
     for b, sample in enumerate(samples):
         fuse.append(supervised(probabilities(sample.teacher.logits), sample.truth))
         prm.append(deep_supervision(sample.teacher.logits, sample.teacher.deep, sample.truth))
-        alone = network.separate(sample.features)
-        sep.append(torch.stack([zero if p is None else supervised(probabilities(p), sample.truth) for p in alone]))
+        sep.append(torch.stack([zero if p is None else supervised(p, sample.truth) for p in sample.alone]))
         if distil:
             kl[b], proto[b], dist[b] = _distil(network, sample, counted, zero)
     return Terms(
@@ -102,7 +136,16 @@ def terms(
         proto=_matrix(proto),
         dist=_matrix(dist),
         mask=torch.tensor([s.mask for s in samples], device=x.device),
+        present=torch.tensor([list(p) for p in present], device=x.device),
+        samples=samples,
     )
+
+
+def _run(network: Backbone, x: Tensor, truth: Truth, mask: tuple[bool, ...], present: Mask) -> Sample:
+    features = network.encode(x, present)
+    teacher = network.fuse(features, mask)
+    alone = [None if logits is None else probabilities(logits) for logits in network.separate(features)]
+    return Sample(mask, truth, features, teacher, alone)
 
 
 def _matrix(rows: list[list[Tensor]]) -> Tensor:
@@ -110,7 +153,7 @@ def _matrix(rows: list[list[Tensor]]) -> Tensor:
 
 
 def _distil(
-    network: Backbone, sample: _Sample, counted: list[int], zero: Tensor
+    network: Backbone, sample: Sample, counted: list[int], zero: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     targets = SoftTargets.of(sample.teacher)
     with torch.no_grad():

@@ -1,0 +1,37 @@
+"""`Plain`: the backbone as published, without any rule between modalities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from training.passion.objective import Terms
+
+
+class Plain:
+    """fuse + prm + sum_k sep_k. The baseline of every comparison."""
+
+    distils = False
+
+    def total(self, losses: Terms, _weight: Tensor) -> Tensor:
+        """See `Method.total`."""
+        return losses.baseline()
+
+    def after_backward(self, _network: nn.Module) -> None:
+        """Nothing to change."""
+
+    def end_epoch(self, _epoch: int) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
+    def figures(self) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def restore(self, _state: dict[str, Any]) -> None:
+        """Nothing to restore."""

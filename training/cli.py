@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from training.commands.evaluate import evaluate
+from training.commands.experiment import experiment
 from training.commands.phantom import phantom
 from training.commands.predict import predict
 from training.commands.prepare import prepare
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (phantom, prepare, split, train, evaluate, predict):
+for command in (phantom, prepare, split, train, evaluate, predict, experiment):
     app.command()(command)
 
 

@@ -15,16 +15,35 @@ from training.config import TrainConfig
 def train(
     config: Annotated[Path, typer.Argument(help="The run's configuration, a YAML file.")],
     resume: Annotated[bool, typer.Option(help="Continue the run in `out` exactly where it stopped.")] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the configuration's epochs.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Instead of the configuration's run folder.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Instead of the configuration's data.")] = None,
-    split: Annotated[Path | None, typer.Option(help="Instead of the configuration's split.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="How many epochs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The prepared data set.")] = None,
+    split: Annotated[Path | None, typer.Option(help="The split.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="A backbone of `passion backbones`.")] = None,
+    regime: Annotated[str | None, typer.Option(help="idt, idt_drop or pdt.")] = None,
+    method: Annotated[str | None, typer.Option(help="passion, none, or another one (docs/method.md).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initialisation, order, crops and augmentation.")] = None,
+    warmup_epochs: Annotated[int | None, typer.Option(min=0, help="Epochs with the separate paths only.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
-    """Train a model on a prepared data set. SIGTERM and Ctrl-C save and stop; --resume continues."""
+    """Train a model on a prepared data set. SIGTERM and Ctrl-C save and stop; --resume continues.
+
+    An option takes the place of the configuration's value of that name.
+    """
     from training.trainer import StepReport, Trainer
 
-    changes = {"epochs": epochs, "out": out, "data": data, "split": split, "device": device}
+    changes = {
+        "epochs": epochs,
+        "out": out,
+        "data": data,
+        "split": split,
+        "backbone": backbone,
+        "regime": regime,
+        "method": method,
+        "seed": seed,
+        "warmup_epochs": warmup_epochs,
+        "device": device,
+    }
     settings = TrainConfig.read(config, {k: v for k, v in changes.items() if v is not None})
     trainer = Trainer(settings, resume=resume)
     console = Console()

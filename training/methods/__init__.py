@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from training.errors import UserError
 from training.methods.base import Method
+from training.methods.dwa import Dwa
+from training.methods.ogm_ge import OgmGe
 from training.methods.passion import Passion
 from training.methods.plain import Plain
+from training.methods.pmr import Pmr
 from training.passion.objective import Switches
 
 __all__ = ["METHODS", "Method", "MethodEntry", "build_method"]
@@ -43,6 +46,13 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "passion-both-gradient": _ablation(
         Switches(task_wise=False), "ablation: both distillations, gradient-wise regularisation"
+    ),
+    "ogm-ge": MethodEntry(
+        lambda names, _classes: OgmGe(names), "gradient modulation of the encoders (Peng et al., CVPR 2022)"
+    ),
+    "pmr": MethodEntry(Pmr, "prototypical modal rebalance (Fan et al., CVPR 2023)"),
+    "dwa": MethodEntry(
+        lambda names, _classes: Dwa(names), "separate losses weighted by rate of descent (Liu et al., CVPR 2019)"
     ),
 }
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from models.backbones.m2ftrans import M2FTrans
+from models.backbones.mmformer import MMFormer
 from models.backbones.rfnet import RFNet
+from models.backbones.unet import UNet
 from models.task import Task
 
 
@@ -25,6 +28,9 @@ class BackboneEntry:
 
 BACKBONES: dict[str, BackboneEntry] = {
     "rfnet": BackboneEntry(RFNet, 8, "Ding, Yu, Yang; ICCV 2021"),
+    "mmformer": BackboneEntry(MMFormer, 16, "Zhang et al.; MICCAI 2022"),
+    "m2ftrans": BackboneEntry(M2FTrans, 16, "Shi et al., 2024"),
+    "unet": BackboneEntry(UNet, 8, "U-Net: Cicek et al., MICCAI 2016; averaging: Havaei et al., MICCAI 2016"),
 }
 
 

@@ -9,6 +9,10 @@ from models.backbones import build
 from models.task import Task
 from training.passion.objective import terms
 
+NOISE = 1e-5
+"""A convolution bias before an InstanceNorm has a true gradient of 0: what is recorded, and what we get, is the
+rounding noise of a sum over all voxels. It stays below this; the number of threads alone changes it by over 1e-6."""
+
 
 def gradient_tolerance(backbone: str, key: str) -> float:
     """Relative, of a gradient norm: tests/golden/README.md says where each comes from."""
@@ -17,7 +21,20 @@ def gradient_tolerance(backbone: str, key: str) -> float:
     return {"mmformer": 1e-3, "rfnet": 5e-3}[backbone]
 
 
-@pytest.mark.parametrize("name", ["rfnet_32_11", "rfnet_32_12", "rfnet_80_13"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rfnet_32_11",
+        "rfnet_32_12",
+        "rfnet_80_13",
+        "mmformer_32_11",
+        "mmformer_32_12",
+        pytest.param("mmformer_80_13", marks=pytest.mark.slow),
+        "m2ftrans_32_11",
+        "m2ftrans_32_12",
+        pytest.param("m2ftrans_80_13", marks=pytest.mark.slow),
+    ],
+)
 def test_the_network_equals_the_golden_case(name):
     backbone, size, _ = name.split("_")
     case = load_case(name)
@@ -61,6 +78,8 @@ def test_the_network_equals_the_golden_case(name):
         ours_norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
         golden_norm = want["grad_norm"][key]
         errors[key] = abs(ours_norm - golden_norm) / max(golden_norm, 1e-3)
+        if key.endswith(".bias") and 0 < golden_norm < NOISE and ours_norm < NOISE:
+            continue
         if errors[key] >= gradient_tolerance(backbone, key):
             too_far.append(f"{key}: {errors[key]:.2e}")
     assert not too_far

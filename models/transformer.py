@@ -1,0 +1,95 @@
+"""Pre-norm transformer pieces that the backbones share.
+
+Residual around attention and around the MLP, a LayerNorm (eps 1e-5) before each and none at the end, exact GELU.
+Dropout falls on the attention weights, on both outputs and inside the MLP, in train mode only, and draws from torch's
+global generator. Module names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of queries (..., Nq, d) and keys (..., Nk, d) -> (..., Nq, Nk)."""
+    return torch.softmax(torch.matmul(q, k.transpose(-2, -1)) * q.shape[-1] ** -0.5, -1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, scale (D / heads)^-1/2; only the output projection has a bias."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(seen.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        y: Tensor = self.net(x)
+        return y
+
+
+class PreNorm(nn.Module):
+    """LayerNorm, then `fn`."""
+
+    def __init__(self, width: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        y: Tensor = self.fn(self.norm(x))
+        return y
+
+
+class Residual(nn.Module):
+    """x + fn(x)."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        y: Tensor = x + self.fn(x)
+        return y
+
+
+class Transformer(nn.Module):
+    """`depth` layers of self-attention and MLP in which every token sees every token."""
+
+    def __init__(self, width: int, depth: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.cross_attention_list = nn.ModuleList(
+            [Residual(PreNorm(width, SelfAttention(width, heads, dropout))) for _ in range(depth)]
+        )
+        self.cross_ffn_list = nn.ModuleList(
+            [Residual(PreNorm(width, MLP(width, hidden, dropout))) for _ in range(depth)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        for attention, mlp in zip(self.cross_attention_list, self.cross_ffn_list, strict=True):
+            x = mlp(attention(x))
+        return x

@@ -24,7 +24,7 @@ from nibabel.orientations import (
 )
 from nibabel.processing import resample_from_to
 
-from models.task import Task
+from models.task import STORED, Task
 from models.volume import Affine, Grid, Volume, VolumeError
 
 Float = npt.NDArray[np.float32]
@@ -33,6 +33,9 @@ Value = TypeVar("Value", bound=np.generic)
 
 SPACING_TOLERANCE = 0.01
 """A spacing within 1 % of the task's is taken as the task's: resampling would blur more than it mends."""
+
+HALF = 0.5 + 1e-3
+"""Voxels from a voxel's centre to its face, and a thousandth for rounding."""
 
 MAX_WORKING_VOXELS = 2**27
 """512^3: beyond it a header's wrong voxel size would take all memory."""
@@ -55,7 +58,8 @@ class WorkingGrid:
         start = io_orientation(reference.affine)
         if np.isnan(start).any():
             raise VolumeError("the image's axes have no clear orientation: its affine is damaged")
-        transform = ornt_transform(start, axcodes2ornt(task.orientation))
+        wanted_axes = start if task.orientation == STORED else axcodes2ornt(task.orientation)
+        transform = ornt_transform(start, wanted_axes)
         affine = reference.affine @ inv_ornt_aff(transform, reference.shape)
         order = np.argsort(transform[:, 0])
         shape = np.array(reference.shape)[order]
@@ -91,9 +95,20 @@ class WorkingGrid:
         return np.asarray(np.argmax(np.stack([background, *shares]), axis=0), np.uint8)
 
     def _resample(self, data: Float, affine: Affine) -> Float:
+        """Linear, 0 outside the source's field of view. A voxel fills its extent: half a slice of 20 mm is not lost."""
         image = nib.Nifti1Image(data, affine)
-        resampled = resample_from_to(image, (self.shape, self.affine), order=1, mode="constant", cval=0.0)
-        return np.asarray(resampled.dataobj, np.float32)
+        brought = resample_from_to(image, (self.shape, self.affine), order=1, mode="nearest")
+        resampled = np.array(brought.dataobj, np.float32)
+        to_source = np.linalg.inv(affine) @ self.affine
+        corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape])).reshape(3, -1).T
+        reached = nib.affines.apply_affine(to_source, corners)
+        for axis, size in enumerate(data.shape):
+            if reached[:, axis].min() < -HALF or reached[:, axis].max() > size - 1 + HALF:
+                i, j, k = np.ogrid[tuple(slice(n) for n in self.shape)]
+                a, b, c, offset = to_source[axis]
+                place = a * i + b * j + c * k + offset
+                resampled[(place < -HALF) | (place > size - 1 + HALF)] = 0
+        return resampled
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Segmentation:
 
     @property
     def mask(self) -> Any:
-        """A nibabel NIfTI image: uint8 file values, label intent, the labels' names in `descrip` and an extension."""
+        """A nibabel NIfTI image: file values (uint8 or uint16), label intent, the labels' names in `descrip` and an
+        extension."""
         image = self.grid.image(self.task.write_labels(self.classes))
         names = {label.value: label.name for label in self.task.labels}
         image.header.set_intent("label", name=self.task.name[:16], allow_unknown=False)

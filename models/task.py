@@ -16,6 +16,13 @@ TASKS = Path(__file__).parent / "tasks"
 
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+FileValue = Annotated[int, Field(ge=0, le=65535)]
+
+STORED = "stored"
+"""The `orientation` of a task whose grid keeps the axes of the files as they are."""
+
+RESERVED = "seg"
+"""What prepared data sets call the labels; no modality may have this name."""
 
 
 class TaskError(ValueError):
@@ -45,8 +52,8 @@ class Label(_Frozen):
     """One class. Its index is its place in `Task.labels`; `value` is what files hold for it."""
 
     name: str
-    value: int = Field(ge=0, le=255)
-    also_read: tuple[int, ...] = ()
+    value: FileValue
+    also_read: tuple[FileValue, ...] = ()
     """Other values read as this label, where data sets differ."""
 
 
@@ -56,6 +63,8 @@ class Region(_Frozen):
     name: str
     labels: tuple[int, ...]
     description: str = ""
+    min_ml: float = Field(default=0, ge=0)
+    """mL: a prediction smaller than this is also scored as if it were empty, as `<name>_pp`. 0: scored once."""
 
 
 class Task(_Frozen):
@@ -64,14 +73,17 @@ class Task(_Frozen):
     name: str
     description: str = ""
     modalities: tuple[Modality, ...] = Field(min_length=1)
-    labels: tuple[Label, ...] = Field(min_length=2)
+    labels: tuple[Label, ...] = Field(min_length=2, max_length=256)
+    label_suffixes: tuple[Name, ...] = Field(default=("seg",), min_length=1)
+    """What the names of files with labels end in, as `seg` in `<id>_seg.nii.gz`."""
     regions: tuple[Region, ...] = Field(min_length=1)
     patch_size: tuple[int, int, int]
     """Voxels of a training crop and of an inference window."""
     spacing: tuple[Positive, Positive, Positive]
     """mm per voxel of the grid the network works on, along the axes of `orientation`."""
     orientation: str = "LPS"
-    """Axis codes of that grid, as nibabel writes them (the direction in which each axis grows)."""
+    """Axis codes of that grid, as nibabel writes them (the direction in which each axis grows). `stored` leaves the
+    files' axes as they are: for scans taken along the organ, not the body, so that no body axis is the slices' own."""
     min_crop: int = Field(default=128, ge=1)
     """Voxels: the crop to the brain keeps at least this many per axis where the volume has them."""
 
@@ -80,6 +92,9 @@ class Task(_Frozen):
         names = [n for m in self.modalities for n in (m.name, *m.aliases)]
         if len(set(names)) != len(names):
             raise TaskError(f"task {self.name}: a modality name or alias stands twice in {names}")
+        taken = next((n for n in names if n in {RESERVED, *self.label_suffixes}), None)
+        if taken is not None:
+            raise TaskError(f"task {self.name}: {taken} means the labels; call the modality something else")
         if self.labels[0].value != 0:
             raise TaskError(f"task {self.name}: the first label is the background and must have value 0")
         values = [v for lab in self.labels for v in (lab.value, *lab.also_read)]
@@ -92,8 +107,11 @@ class Task(_Frozen):
                 raise TaskError(
                     f"task {self.name}: region {region.name} must list class indices from 1 to {len(self.labels) - 1}"
                 )
-        if len(self.orientation) != 3 or any(len(set(p) & set(self.orientation)) != 1 for p in ("LR", "PA", "IS")):
-            raise TaskError(f"task {self.name}: orientation {self.orientation!r} is not three axis codes such as LPS")
+        codes = self.orientation
+        if codes != STORED and (len(codes) != 3 or any(len(set(p) & set(codes)) != 1 for p in ("LR", "PA", "IS"))):
+            raise TaskError(
+                f"task {self.name}: orientation {codes!r} is neither three axis codes such as LPS nor {STORED!r}"
+            )
         if any(p < 8 for p in self.patch_size):
             raise TaskError(f"task {self.name}: a patch of {self.patch_size} is too small; use 16 voxels or more")
         return self
@@ -156,10 +174,10 @@ class Task(_Frozen):
             classes[values == value] = table[value.item()]
         return classes
 
-    def write_labels(self, classes: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
-        """File values (uint8, same shape) for class indices."""
-        lut = np.array([lab.value for lab in self.labels], np.uint8)
-        written: npt.NDArray[np.uint8] = lut[classes]
+    def write_labels(self, classes: npt.NDArray[np.integer]) -> npt.NDArray[np.unsignedinteger]:
+        """File values (same shape) for class indices, in the smallest type that holds the task's: uint8 or uint16."""
+        values = [lab.value for lab in self.labels]
+        written: npt.NDArray[np.unsignedinteger] = np.array(values, np.min_scalar_type(max(values)))[classes]
         return written
 
     def with_label_values(self, values: Mapping[int, int]) -> Task:

@@ -63,10 +63,10 @@ class Grid:
         """Whether the voxels coincide, to a micrometre."""
         return self.shape == other.shape and np.allclose(self.affine, other.affine, rtol=0, atol=SAME_GRID_MM)
 
-    def image(self, data: npt.NDArray[np.uint8]) -> Any:
-        """A nibabel NIfTI image of `data` (uint8) on exactly this grid: affine, codes, zooms and units."""
+    def image(self, data: npt.NDArray[np.unsignedinteger]) -> Any:
+        """A nibabel NIfTI image of `data`, in its type, on exactly this grid: affine, codes, zooms and units."""
         header = self.header.copy()
-        header.set_data_dtype(np.uint8)
+        header.set_data_dtype(data.dtype)
         kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
         return kind(data, None, header)
 

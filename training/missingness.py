@@ -21,13 +21,15 @@ Mask = tuple[bool, ...]
 
 COLUMNS = ("data_name", "mask_id", "mask", "pos_mask_ids")
 
-_GLIOMA = ("flair", "t1ce", "t1", "t2")
+GLIOMA = ("flair", "t1ce", "t1", "t2")
+"""The modalities of the released tables, in their order."""
+
 # The released assignments number the subsets of the four glioma modalities in this order.
 _GLIOMA_IDS = (
     *({"t2"}, {"t1ce"}, {"t1"}, {"flair"}),
     *({"t1ce", "t2"}, {"t1ce", "t1"}, {"flair", "t1"}, {"t1", "t2"}, {"flair", "t2"}, {"flair", "t1ce"}),
     *({"flair", "t1ce", "t1"}, {"flair", "t1", "t2"}, {"flair", "t1ce", "t2"}, {"t1ce", "t1", "t2"}),
-    set(_GLIOMA),
+    set(GLIOMA),
 )
 _PRESET_ORDER = ("t1", "t1ce", "flair", "t2")
 
@@ -103,7 +105,10 @@ def modality_weights(table: MissingnessTable) -> dict[str, float]:
     for k, name in enumerate(table.names):
         having = sum(mask[k] for mask in table.masks.values())
         if not having:
-            raise UserError(f"no subject of the missingness table has {name}: lower its missing rate")
+            raise UserError(
+                f"no subject of the missingness table has {name}: lower its missing rate, or take it out of the task "
+                "if there are no files of it"
+            )
         weights[name] = total / having
     return weights
 
@@ -207,7 +212,7 @@ def sub_subset_ids(mask: Mask, ids: Mapping[Mask, int]) -> list[int]:
 
 
 def _ids(names: tuple[str, ...]) -> dict[Mask, int]:
-    if names == _GLIOMA:
+    if names == GLIOMA:
         return {tuple(n in subset for n in names): i for i, subset in enumerate(_GLIOMA_IDS)}
     count = len(names)
     masks = [tuple(bool(bits >> (count - 1 - k) & 1) for k in range(count)) for bits in range(1, 2**count)]

@@ -126,18 +126,29 @@ def parse_rates(text: str) -> dict[str, float]:
     return rates
 
 
-def cut_to_available(
-    masks: Mapping[str, Sequence[bool]], available: Mapping[str, Sequence[bool]]
-) -> tuple[dict[str, tuple[bool, ...]], int]:
-    """Masks that promise nothing a subject lacks, and how many had to change.
+@dataclass(frozen=True)
+class Fitted:
+    """Masks that promise nothing a subject has no file of."""
 
-    A subject that would be left with nothing keeps everything it has.
-    """
-    fitted = {}
+    masks: dict[str, tuple[bool, ...]]
+    cut: tuple[str, ...]
+    """Subjects that lost a modality they were dealt."""
+    kept: tuple[str, ...]
+    """Subjects that have none of what they were dealt, and so keep all that they have."""
+
+
+def cut_to_available(masks: Mapping[str, Sequence[bool]], available: Mapping[str, Sequence[bool]]) -> Fitted:
+    """Dealt masks (K,) by subject, cut to the modalities that there are files of."""
+    fitted: dict[str, tuple[bool, ...]] = {}
+    cut, kept = [], []
     for name, mask in masks.items():
         both = tuple(a and b for a, b in zip(mask, available[name], strict=True))
         fitted[name] = both if any(both) else tuple(available[name])
-    return fitted, sum(fitted[n] != tuple(masks[n]) for n in masks)
+        if not any(both):
+            kept.append(name)
+        elif both != tuple(mask):
+            cut.append(name)
+    return Fitted(fitted, tuple(cut), tuple(kept))
 
 
 def read_ids(path: Path) -> list[str]:

@@ -95,7 +95,9 @@ class ModelCard(_Lenient):
             return None
         for subset in self.scores.subsets:
             if set(subset.modalities) == set(given):
-                return Expectation(dataset=self.scores.dataset, cases=self.scores.cases, dice=subset.dice)
+                # Of the regions as they are in the mask that a job gives; a card also scores post-processed ones.
+                dice = {r.name: subset.dice.get(r.name) for r in self.task.regions}
+                return Expectation(dataset=self.scores.dataset, cases=self.scores.cases, dice=dice)
         return None
 
 

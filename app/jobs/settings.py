@@ -57,9 +57,9 @@ class Settings(BaseSettings):
     max_request_bytes: Bytes = Field(default=GiB, description="Bytes of one request.")
     max_uncompressed_bytes: Bytes = Field(default=GiB, description="Bytes one file may decompress to.")
     max_voxels: int = Field(default=1 << 26, gt=0, description="Voxels of one volume (2^26 is 512 x 512 x 256).")
-    min_axis: int = Field(default=8, ge=1, description="Voxels that each axis must have at least.")
+    min_axis: int = Field(default=2, ge=1, description="Voxels that each axis must have at least.")
     min_spacing: float = Field(default=0.1, gt=0, description="Smallest voxel edge, mm.")
-    max_spacing: float = Field(default=20.0, gt=0, description="Largest voxel edge, mm.")
+    max_spacing: float = Field(default=30.0, gt=0, description="Largest voxel edge, mm.")
     min_overlap: float = Field(
         default=0.5, ge=0, le=1, description="Share of the smaller of two fields of view that both must cover."
     )

@@ -136,8 +136,9 @@ def job(job_id: JobId, service: Here) -> JobResource:
     response_class=FileResponse,
     responses={
         200: {
-            "description": "A gzipped NIfTI file (uint8, label intent) on the grid of the first image given: same "
-            "shape, affine, sform and qform codes, zooms. The job's `labels` name its values.",
+            "description": "A gzipped NIfTI file (uint8, or uint16 where the model's values need it; label intent) on "
+            "the grid of the first image given: same shape, affine, sform and qform codes, zooms. The job's `labels` "
+            "name its values.",
             "content": {NIFTI_GZ: {"schema": {"type": "string", "format": "binary"}}},
         },
         **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),

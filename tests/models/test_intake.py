@@ -140,6 +140,47 @@ def test_the_box_keeps_the_minimum_where_the_volume_has_it():
     assert tiny.cut(data[:, :60, :]).shape == (128, 80, 128)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 6),
+    st.sampled_from([10.0, 12.0, 13.99, 14.0, 14.4, 18.0, 22.0]),
+    st.tuples(*[st.floats(-0.5, 0.5)] * 3),
+    st.integers(0, 2**16),
+)
+def test_thick_slices_come_back_as_they_were(slices, thickness, tilt, seed):
+    """The first and the last slice too: a voxel fills its extent, and rounding must not cut what is at its end."""
+    affine = from_matvec(rotation(tilt) @ np.diag([1.0, 1.0, thickness]), [7, -31, 50])
+    data = np.random.default_rng(seed).integers(1, 4, (10, 12, slices)).astype(np.float32)
+    task = Task.model_validate(small_task((1.0, 1.0, 2.0)).model_dump() | {"orientation": "stored"})
+    volume = make_volume(data, affine)
+    intake = take_in({"t1": volume}, task)
+    assert intake.working.shape[2] >= slices * thickness / 2 - 1e-6
+    classes = intake.working.bring_classes(data.astype(np.uint8), volume.grid, 4)
+    onehot = (intake.box.cut(classes)[None] == np.arange(4)[:, None, None, None]).astype(np.float32)
+    np.testing.assert_array_equal(intake.restore(onehot), data)
+
+
+def test_stored_axes_are_left_as_they_are():
+    """However a short-axis stack lies in the body, its slices stay on the third axis."""
+    task = Task.model_validate(small_task((1.0, 1.0, 8.0)).model_dump() | {"orientation": "stored"})
+    data = np.random.default_rng(0).uniform(1, 9, (20, 14, 5)).astype(np.float32)
+    for angles in ((0, 0, 0), (0, 1.2, 0), (1.2, 0.3, 0), (3.1, 0, 1.5)):
+        volume = make_volume(data, from_matvec(rotation(angles) @ np.diag([1.0, 1.0, 8.0])))
+        intake = take_in({"t1": volume}, task)
+        np.testing.assert_array_equal(intake.working.bring(volume), data)
+        classes = np.minimum(intake.arrays["t1"], 3).astype(np.uint8)
+        np.testing.assert_array_equal(intake.restore_classes(classes), np.minimum(data, 3).astype(np.uint8))
+
+
+def test_a_volume_is_zero_outside_its_field_of_view():
+    whole = make_volume(np.full((12, 12, 12), 5, np.float32), np.eye(4))
+    part = make_volume(np.full((4, 12, 12), 7, np.float32), from_matvec(np.eye(3), [3.25, 0, 0]))
+    task = Task.model_validate(small_task().model_dump() | {"orientation": "RAS"})
+    brought = take_in({"t1": whole, "t2": part}, task).working.bring(part)
+    # Its faces are at 2.75 and 6.75: the voxels centred on 3, 4, 5 and 6 lie inside.
+    np.testing.assert_allclose(brought[:, 5, 5], [0] * 3 + [7] * 4 + [0] * 5)
+
+
 def test_normalisation_is_over_the_brain_only():
     a = np.zeros((8, 8, 8), np.float32)
     a[2:6] = np.random.default_rng(1).uniform(10, 20, (4, 8, 8))

@@ -1,11 +1,15 @@
 """Tasks: names and aliases, labels, subsets, and what a contradictory one says."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from models.backbones import BACKBONES
 from models.task import TASKS, Task, TaskError
 
 GLIOMA = Task.load("glioma")
+MYOPS = Task.load("myops2020")
 
 
 def test_glioma_is_as_published():
@@ -20,6 +24,41 @@ def test_every_shipped_task_loads_and_survives_json(path):
     task = Task.load(path.stem)
     assert task.name == path.stem
     assert Task.model_validate_json(task.model_dump_json()) == task
+
+
+def test_the_documented_task_loads_and_the_shipped_ones_are_documented(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
+    (tmp_path / "knee.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    assert Task.load(tmp_path / "knee.yaml").names == ("dess", "t2map")
+    for path in TASKS.glob("*.yaml"):
+        assert f"| `{path.stem}` |" in page
+
+
+@pytest.mark.parametrize("name", ["glioma", "myops2020", "prostate"])
+def test_every_backbone_takes_the_patch_of_a_shipped_task(name):
+    task = Task.load(name)
+    for backbone, entry in BACKBONES.items():
+        assert all(p % entry.divisor == 0 and p >= 2 * entry.divisor for p in task.patch_size), backbone
+    assert np.prod(task.patch_size) <= 1.1 * 80**3  # a step costs no more than the published one
+
+
+def test_hearts_are_as_published():
+    assert [MYOPS.canonical(n) for n in ("C0", "DE", "LGE", "T2")] == ["bssfp", "lge", "lge", "t2"]
+    assert [label.value for label in MYOPS.labels] == [0, 200, 500, 600, 1220, 2221]
+    scored = {r.name: [MYOPS.labels[i].value for i in r.labels] for r in MYOPS.regions}
+    assert scored["scar"] == [2221]
+    assert scored["pathology"] == [1220, 2221]
+    assert scored["myocardium"] == [200, 1220, 2221]
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.uint16, np.float32, np.float64])
+def test_values_above_255_are_read_and_written(kind):
+    values = np.array([[0, 200, 500], [600, 1220, 2221]], kind)
+    classes = MYOPS.read_labels(values)
+    assert (classes.dtype, classes.tolist()) == (np.uint8, [[0, 1, 2], [3, 4, 5]])
+    written = MYOPS.write_labels(classes)
+    assert (written.dtype, written.tolist()) == (np.uint16, values.tolist())
+    assert GLIOMA.write_labels(classes[:, :1]).dtype == np.uint8
 
 
 @pytest.mark.parametrize(
@@ -53,12 +92,16 @@ def test_foreign_labels_are_named():
     ("change", "message"),
     [
         ({"patch_size": [4, 80, 80]}, "too small"),
-        ({"orientation": "LLS"}, "axis codes"),
+        ({"orientation": "LLS"}, "neither three axis codes such as LPS nor 'stored'"),
         ({"spacing": [1, 0, 1]}, "spacing"),
         ({"regions": [{"name": "WT", "labels": [4]}]}, "class indices from 1 to 3"),
         ({"labels": [{"name": "a", "value": 1}, {"name": "b", "value": 2}]}, "background"),
         ({"modalities": [{"name": "t1", "aliases": ["t2"]}, {"name": "t2"}]}, "stands twice"),
         ({"modality": []}, "Extra inputs"),
+        ({"labels": [{"name": "a", "value": 0}, {"name": "b", "value": 65536}]}, "labels.1.value: .* 65535"),
+        ({"modalities": [{"name": "t1"}, {"name": "seg"}]}, "seg means the labels"),
+        ({"label_suffixes": ["gd", "t2w"]}, "t2w means the labels"),
+        ({"label_suffixes": []}, "label_suffixes"),
     ],
 )
 def test_a_contradictory_task_says_what_is_wrong(change, message, tmp_path):

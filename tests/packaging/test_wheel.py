@@ -28,6 +28,13 @@ def test_ships_the_tasks(names: set[str], root: Path) -> None:
     assert tasks <= names
 
 
+def test_ships_the_published_splits(names: set[str], root: Path) -> None:
+    folder = root / "training" / "published"
+    files = {p.relative_to(root).as_posix() for p in folder.iterdir() if p.suffix in {".csv", ".txt"}}
+    assert len(files) == 11
+    assert files <= names
+
+
 def test_ships_the_demo_checkpoint_whole(wheel: Path, names: set[str], root: Path) -> None:
     folder = "models/checkpoints/glioma-phantom-rfnet"
     files = {"card.json", "weights.safetensors"}

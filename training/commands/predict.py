@@ -82,4 +82,4 @@ def predict(
     volumes = ", ".join(f"{name} {ml:.2f} mL" for name, ml in result.volumes_ml.items())
     print(f"{output}: {volumes} (research software, not a medical device)")
     if result.empty:
-        console.print("[bold yellow]the mask is empty:[/] the model found no tumour in these scans")
+        console.print("[bold yellow]the mask is empty:[/] the model found nothing in these scans")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,10 @@ from training.prepare import Report, prepare_dataset
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with BraTS-style subjects, at any depth.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="Folder with BraTS-style subjects, at any depth, or in nnU-Net's layout."),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the prepared data set.")],
     task: Annotated[str, typer.Option(help="A shipped task by name, or a YAML file.")] = "glioma",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per CPU core, four at most.")] = 0,
@@ -55,6 +59,11 @@ def show(report: Report, out: Path, console: Console) -> None:
         soft_wrap=True,
         highlight=False,
     )
+    lacking = Counter(name for absent in report.incomplete.values() for name in absent)
+    if lacking:
+        console.print(
+            f"no file of {', '.join(f'{name} in {count}' for name, count in lacking.items())}", highlight=False
+        )
     for label, value in report.label_values.items():
         console.print(f"the files write {label} as {value}", highlight=False)
     if report.broken:

@@ -17,12 +17,12 @@ import numpy.typing as npt
 from models.intake import statistics, take_in
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, load_image
-from training.prepare.discover import RawCase
+from training.prepare.raw_case import RawCase
 
 PARTIAL = ".partial-"
 """Prefix of folders being written; what a killed run left under it is swept up by the next."""
 
-_VERSION = 1  # raise when the arrays' meaning changes, so that old ones are made anew
+_VERSION = 2  # raise when the arrays' meaning changes, so that old ones are made anew
 
 
 class BrokenCaseError(Exception):

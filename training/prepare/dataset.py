@@ -15,7 +15,8 @@ from training import atomic
 from training.errors import UserError
 from training.parallel import each
 from training.prepare.convert import PARTIAL, BrokenCaseError, convert, fingerprint, read_record
-from training.prepare.discover import RawCase, find_cases
+from training.prepare.discover import find_cases
+from training.prepare.raw_case import RawCase
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from models.checkpoint import Checkpoint
+from app.jobs.cards import ModelShelf
+from models.checkpoint import Checkpoint, load_card, save_card
 from models.predictor import Predictor
+from models.task import Task
 from training.cli import app
 from training.errors import UserError
+from training.evaluation import evaluate, scored_names
 from training.metrics import dice
+from training.prepare import find_cases
 
 RUNNER = CliRunner()
 
@@ -78,6 +82,7 @@ def test_evaluate_one_subset_without_touching_the_card(checkpoint, small_phantom
         (("--empty", "maybe"), "published, brats, nan"),
         (("--modalities", "dwi"), "no modality"),
         (("--only", "/nowhere.txt"), "cannot read the list"),
+        (("--out", "/dev/null/scores"), "cannot make the folder"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_do(checkpoint, small_phantoms, arguments, message):
@@ -86,11 +91,96 @@ def test_evaluate_refuses_what_it_cannot_do(checkpoint, small_phantoms, argument
     assert message in str(result.exception)
 
 
-def test_a_case_without_labels_is_named(checkpoint, case, tmp_path):
+def evaluate_with(checkpoint, case, tmp_path, min_ml, *arguments):
+    """Scores of one case from FLAIR alone, ET having a least volume: rows by region, and what was printed."""
+    card = load_card(checkpoint)
+    *others, et = card.task.regions
+    regions = (*others, et.model_copy(update={"min_ml": min_ml}))
+    save_card(checkpoint, card.model_copy(update={"task": card.task.model_copy(update={"regions": regions})}))
+    (tmp_path / "one.txt").write_text(case.name)
+    options = ("--only", tmp_path / "one.txt", "--modalities", "flair", "--out", tmp_path / "o", *arguments)
+    result = run("evaluate", checkpoint, case.parent, *options)
+    assert result.exit_code == 0, result.output
+    return {r["region"]: r for r in csv.DictReader((tmp_path / "o" / "scores.csv").open())}, result.output
+
+
+def test_a_region_with_a_least_volume_is_scored_twice(checkpoint, case, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows, _ = evaluate_with(checkpoint, case, tmp_path, 0.001)
+    assert list(rows) == ["WT", "TC", "ET", "ET_pp"]
+    found = float(rows["ET"]["predicted_ml"])
+    assert found > 0, "the network must find something for the test to mean anything"
+    assert rows["ET_pp"] == rows["ET"] | {"region": "ET_pp"}
+
+    assert evaluate_with(checkpoint, case, tmp_path, found)[0]["ET_pp"] == rows["ET_pp"]
+    rows, printed = evaluate_with(checkpoint, case, tmp_path, found * 1.01, "--empty", "brats")
+    assert float(rows["ET"]["predicted_ml"]) == found
+    dropped = rows["ET_pp"]
+    assert (float(dropped["predicted_ml"]), float(dropped["dice"]), float(dropped["hd95_mm"])) == (0, 0, 373.13)
+    assert dropped["truth_ml"] == rows["ET"]["truth_ml"] != "0"
+    assert "Dice ET_pp" in printed
+    assert "HD95 ET_pp" in printed
+
+
+def test_the_service_reads_a_card_with_a_postprocessed_region(checkpoint, case, tmp_path):
+    evaluate_with(checkpoint, case, tmp_path, 1e6)
+    (score,) = load_card(checkpoint).scores.subsets
+    assert score.dice["ET_pp"] == 0
+    assert score.hd95["ET_pp"] is None
+    card = ModelShelf(checkpoint.parent).get(checkpoint.name)
+    assert card.scores.subsets[0].dice == score.dice
+    # A job's mask is not post-processed, so what is expected of it is not either.
+    assert set(card.expectation(("flair",)).dice) == {"WT", "TC", "ET"}
+
+
+def test_a_region_may_not_have_the_name_of_another_ones_postprocessed_form():
+    task = Task.load("glioma")
+    named = [r.model_copy(update={"name": "ET_pp"} if r.name == "WT" else {}) for r in task.regions]
+    with pytest.raises(UserError, match="ET_pp is taken"):
+        scored_names(task.model_copy(update={"regions": tuple(named)}))
+
+
+def test_the_published_volume_of_et_is_500_voxels():
+    for name in ("glioma", "glioma-4mm"):
+        task = Task.load(name)
+        assert {r.name: r.min_ml for r in task.regions} == {"WT": 0, "TC": 0, "ET": 0.5}
+        assert scored_names(task) == ["WT", "TC", "ET", "ET_pp"]
+
+
+def test_a_case_without_labels_is_named_before_any_is_segmented(checkpoint, small_phantoms, tmp_path):
+    *_, last = sorted(shutil.copytree(small_phantoms, tmp_path / "cases").iterdir())
+    scan(last, "seg").unlink()
+    predictor, done = Predictor(Checkpoint.load(checkpoint)), []
+    cases = find_cases(tmp_path / "cases", predictor.task)
+    with pytest.raises(UserError, match=rf"^{last.name}: no segmentation.*--only"):
+        evaluate(predictor, cases, [("flair",)], "published", lambda: done.append(1))
+    assert not done
+
+
+@pytest.mark.parametrize(
+    ("what", "voxel", "message"), [("seg", 7, "label values [7.0] are not of task"), ("flair", np.nan, "NaN")]
+)
+def test_a_bad_voxel_is_told_in_one_line(checkpoint, case, tmp_path, what, voxel, message):
     folder = shutil.copytree(case, tmp_path / "cases" / case.name)
-    (folder / f"{case.name}_seg.nii.gz").unlink()
-    result = run("evaluate", checkpoint, tmp_path / "cases")
-    assert case.name in str(result.exception)
+    image = nib.load(scan(folder, what))
+    data = image.get_fdata()
+    data[5, 5, 5] = voxel
+    nib.save(nib.Nifti1Image(data, image.affine), scan(folder, what))
+    result = run("evaluate", checkpoint, tmp_path / "cases", "--out", tmp_path / "o")
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(f"{scan(folder, what)}: ")
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_labels_on_another_grid_are_refused(checkpoint, case, tmp_path):
+    folder = shutil.copytree(case, tmp_path / "cases" / case.name)
+    labels = nib.load(scan(folder, "seg"))
+    moved = labels.affine.copy()
+    moved[0, 3] += 1
+    nib.save(nib.Nifti1Image(np.asarray(labels.dataobj), moved), scan(folder, "seg"))
+    result = run("evaluate", checkpoint, tmp_path / "cases", "--out", tmp_path / "o")
+    assert "its labels lie on another grid than flair" in str(result.exception)
 
 
 def test_predict_puts_the_mask_on_the_grid_of_the_first_scan_given(checkpoint, case, tmp_path):

@@ -33,7 +33,11 @@ def evaluate(
     card: Annotated[bool, typer.Option(help="Write the scores into the checkpoint's card.json.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Dice and HD95 of every region for every subset of modalities: table, CSV, picture, and the model's card."""
+    """Dice and HD95 of every region for every subset of modalities: table, CSV, picture, and the model's card.
+
+    A region that the task gives a least volume (ET: 0.5 mL) is scored twice: ET as segmented, ET_pp with smaller
+    predictions taken for none.
+    """
     from models.checkpoint import Checkpoint, CheckpointError, save_card
     from models.predictor import Predictor
     from training import evaluation
@@ -59,6 +63,11 @@ def evaluate(
             raise UserError(f"{only}: {absent[0]} is not in {cases} ({len(absent)} such names)")
         found = [c for c in found if c.id in set(wanted)]
     subsets = _subsets(task, modalities)
+    folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-evaluation")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot make the folder ({error.strerror}); choose another") from None
     console = Console()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("cases"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -66,8 +75,6 @@ def evaluate(
         predictor = Predictor(loaded, choose_device(device))
         result = evaluation.evaluate(predictor, found, subsets, convention, lambda: progress.advance(bar))
     scores = result.scores(dataset or cases.resolve().name)
-    folder = out or checkpoint.resolve().with_name(f"{checkpoint.resolve().name}-evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
     result.write_csv(folder / "scores.csv")
     dice_per_subset(scores, task, folder / "dice.png")
     if card:
@@ -78,7 +85,7 @@ def evaluate(
 
 def table(scores: Scores, task: Task) -> Table:
     """The means, a line per subset, and their average."""
-    regions = [r.name for r in task.regions]
+    regions = list(scores.subsets[0].dice)
     shown = Table(title=f"{scores.dataset}, {scores.cases} cases; empty regions: {scores.empty_region}")
     for name in task.names:
         shown.add_column(name, justify="center")
@@ -117,4 +124,4 @@ def _subsets(task: Task, wanted: list[str] | None) -> list[tuple[str, ...]]:
         except TaskError as error:
             raise UserError(f"--modalities {text}: {error}") from None
         chosen.append(tuple(n for n, there in zip(task.names, mask, strict=True) if there))
-    return chosen
+    return list(dict.fromkeys(chosen))

@@ -7,8 +7,11 @@ import sys
 import typer
 from rich.console import Console
 
+from training.commands.backbones import backbones
 from training.commands.evaluate import evaluate
 from training.commands.experiment import experiment
+from training.commands.export import export
+from training.commands.import_ import import_
 from training.commands.phantom import phantom
 from training.commands.predict import predict
 from training.commands.prepare import prepare
@@ -24,8 +27,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (phantom, prepare, split, train, evaluate, predict, experiment):
+for command in (phantom, prepare, split, train, evaluate, predict, experiment, backbones):
     app.command()(command)
+app.command("import")(import_)
+app.command()(export)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def test_missing_files_are_named(copy, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"backbone": "unet"}, "no backbone 'unet'"), ({"width": 16}, "do not fit"), ({"width": 0}, "width")],
+    [({"backbone": "nonesuch"}, "no backbone 'nonesuch'"), ({"width": 16}, "do not fit"), ({"width": 0}, "width")],
 )
 def test_a_card_that_does_not_fit_the_weights_is_refused(copy, change, message):
     card = json.loads((copy / "card.json").read_text())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbone import Mask
+from models.backbone import Features, Mask
 
 SLOPE = 0.2
 EPS = 1e-5
@@ -137,6 +137,21 @@ class SeparateDecoder(nn.Module):
             x = self.get_submodule(f"d{level}_out")(x)
         logits: Tensor = self.seg_layer(x)
         return logits
+
+
+def encode_present(encoders: Sequence[nn.Module], x: Tensor, mask: Mask) -> Features:
+    """Features of the modalities in `mask`, each channel of x (B, K, D, H, W) through its own encoder."""
+    of_modality = [encoder(x[:, k : k + 1]) if mask[k] else None for k, encoder in enumerate(encoders)]
+    levels = max(len(own) for own in of_modality if own is not None)
+    return [[None if own is None else own[level] for own in of_modality] for level in range(levels)]
+
+
+def separate_each(decoder: nn.Module, features: Features) -> list[Tensor | None]:
+    """Logits that a separate decoder gives for each encoded modality alone, None for the others."""
+    return [
+        None if column[0] is None else decoder([f for f in column if f is not None])
+        for column in zip(*features, strict=True)
+    ]
 
 
 def initialise(network: nn.Module) -> None:

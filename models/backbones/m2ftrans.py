@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Features, Fused, Mask
-from models.blocks import ConvNormAct, Encoder, MaskedPointwise, SeparateDecoder, initialise, pointwise, upsample
+from models.blocks import (
+    ConvNormAct,
+    Encoder,
+    MaskedPointwise,
+    SeparateDecoder,
+    encode_present,
+    initialise,
+    pointwise,
+    separate_each,
+    upsample,
+)
 from models.task import Task
 from models.transformer import MLP, PreNorm, Residual, attention_weights
 
@@ -316,12 +326,7 @@ class M2FTrans(nn.Module):
         size = tuple(x.shape[2:])
         if size != self.patch_size:
             raise ValueError(f"M2FTrans's positions are made for patches of {self.patch_size}: it cannot take {size}")
-        features: Features = [[None] * len(self.modalities) for _ in range(LEVELS)]
-        for k, name in enumerate(self.modalities):
-            if mask[k]:
-                for level, feature in enumerate(self.get_submodule(f"{name}_encoder")(x[:, k : k + 1])):
-                    features[level][k] = feature
-        return features
+        return encode_present([self.get_submodule(f"{name}_encoder") for name in self.modalities], x, mask)
 
     def fuse(self, features: Features, mask: Mask) -> Fused:
         """See `Backbone.fuse`. Raises ValueError if the mask has a modality that was not encoded."""
@@ -345,8 +350,4 @@ class M2FTrans(nn.Module):
 
     def separate(self, features: Features) -> list[Tensor | None]:
         """See `Backbone.separate`."""
-        logits: list[Tensor | None] = []
-        for k in range(len(self.modalities)):
-            own = [f for f in (level[k] for level in features) if f is not None]
-            logits.append(self.decoder_sep(own) if own else None)
-        return logits
+        return separate_each(self.decoder_sep, features)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Features, Fused, Mask
-from models.blocks import convolve, initialise, norm_act, pointwise, upsample
+from models.blocks import convolve, initialise, norm_act, pointwise, separate_each, upsample
 from models.task import Task
 from models.transformer import Transformer
 
@@ -240,11 +240,7 @@ class MMFormer(nn.Module):
 
     def separate(self, features: Features) -> list[Tensor | None]:
         """See `Backbone.separate`."""
-        logits: list[Tensor | None] = []
-        for k in range(len(self.modalities)):
-            own = [f for f in (level[k] for level in features[:LEVELS]) if f is not None]
-            logits.append(self.decoder_sep(own) if own else None)
-        return logits
+        return separate_each(self.decoder_sep, features[:LEVELS])
 
     def _intra_modal(self, name: str, deepest: Tensor) -> Tensor:
         """A modality's deepest feature (B, c, d, h, w) -> its tokens, as a volume (B, 512, d, h, w)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Features, Fused, Mask
-from models.blocks import ConvNormAct, Encoder, SeparateDecoder, initialise, upsample
+from models.blocks import ConvNormAct, Encoder, SeparateDecoder, encode_present, initialise, separate_each, upsample
 from models.task import Task
 
 LEVELS = 4
@@ -68,12 +68,7 @@ class UNet(nn.Module):
 
     def encode(self, x: Tensor, mask: Mask) -> Features:
         """See `Backbone.encode`."""
-        features: Features = [[None] * len(self.modalities) for _ in range(LEVELS)]
-        for k, name in enumerate(self.modalities):
-            if mask[k]:
-                for level, feature in enumerate(self.get_submodule(f"{name}_encoder")(x[:, k : k + 1])):
-                    features[level][k] = feature
-        return features
+        return encode_present([self.get_submodule(f"{name}_encoder") for name in self.modalities], x, mask)
 
     def fuse(self, features: Features, mask: Mask) -> Fused:
         """See `Backbone.fuse`."""
@@ -82,8 +77,4 @@ class UNet(nn.Module):
 
     def separate(self, features: Features) -> list[Tensor | None]:
         """See `Backbone.separate`."""
-        logits: list[Tensor | None] = []
-        for k in range(len(self.modalities)):
-            own = [f for f in (level[k] for level in features) if f is not None]
-            logits.append(self.decoder_sep(own) if own else None)
-        return logits
+        return separate_each(self.decoder_sep, features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,13 +29,13 @@ def experiment(
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the folder holds and start anew.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Only write the report, from what is finished.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")] = False,
-    listing: Annotated[bool, typer.Option("--list", help="List the shipped definitions.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List the shipped files.")] = False,
 ) -> None:
     """Run a grid of backbone x imbalance x arm x seed and write its report. A run cut short goes on where it was.
 
     Exit status 1 if a cell failed; the report is of the others then, and says so.
     """
-    from training.experiments import definition as definitions
+    from training.experiments import files
     from training.experiments.data import check_source
     from training.experiments.folder import ResultsFolder
 
@@ -44,12 +45,18 @@ def experiment(
         return
     if name is None:
         raise UserError("name an experiment, or see them with --list")
-    chosen = definitions.read(definitions.find(name), scale)
+    source = files.find(name)
+    chosen = files.read(source, scale)
     folder = ResultsFolder(out or Path("results") / chosen.name)
     if dry_run:
         _cells(chosen, folder, console)
         return
     if report:
+        if not folder.definition.exists():
+            raise UserError(f"{folder.path}: no results to report on; run the experiment first")
+        if scale is None:  # the one that was run
+            chosen = files.read(source, files.read(folder.definition).scale)
+        folder.check(chosen, "choose their folder with --out")
         _report(chosen, folder)
         return
     check_source(chosen, data)
@@ -68,15 +75,15 @@ def _run(
     from training.experiments.progress import Display
     from training.experiments.runner import Runner
 
-    folder.open_for(chosen, fresh=fresh)
     console = Console()
-    failed = {}
     try:
         with Display(console) as display:
-            failed = Runner(chosen, folder, data, plan, command).run(display)
+            failed = Runner(chosen, folder, data, plan, command).run(display, fresh=fresh)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
+    except OSError as error:
+        raise UserError(f"{error.filename or folder.path}: {error.strerror or error}") from None
     _report(chosen, folder)
     if failed:
         for cell, why in failed.items():
@@ -87,17 +94,8 @@ def _run(
 def _report(chosen: Definition, folder: ResultsFolder) -> None:
     """From the cells where they are, else from what was gathered from them."""
     from training.experiments.collect import collect, load
-    from training.experiments.definition import read
-    from training.experiments.folder import differences
     from training.experiments.report import write
 
-    if not folder.definition.exists():
-        raise UserError(f"{folder.path}: no results to report on; run the experiment first")
-    changed = differences(read(folder.definition), chosen)
-    if changed:
-        raise UserError(
-            f"{folder.path}: holds results of another definition: {'; '.join(changed)}; choose it with --out"
-        )
     results = collect(chosen, folder) if folder.work.is_dir() else load(folder)
     print(write(chosen, folder, results))
 
@@ -114,16 +112,17 @@ def _plan(jobs: int, devices: str) -> Plan:
     for device in names:
         choose_device(device)
     count = jobs or (min(cores(), 4) if names == ("cpu",) else len(names))
-    return Plan(count, names, max(1, cores() // count))
+    threads = max(1, cores() // count)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return Plan(count, names, min(threads, int(wanted)) if wanted.isdecimal() and int(wanted) else threads)
 
 
 def _shipped() -> Table:
-    from training.experiments.definition import read, scales, shipped
+    from training.experiments.files import read, scales, shipped
+    from training.experiments.grid import cells
 
     table = Table("name", "cells", "scales", "what it is")
     for name, path in shipped().items():
-        from training.experiments.grid import cells
-
         chosen = read(path)
         table.add_row(name, str(len(cells(chosen))), ", ".join(scales(path)) or "-", chosen.description.strip())
     return table
@@ -131,7 +130,7 @@ def _shipped() -> Table:
 
 def _cells(chosen: Definition, folder: ResultsFolder, console: Console) -> None:
     from training.experiments.data import steps_of_epoch
-    from training.experiments.definition import train_config
+    from training.experiments.definition import NOWHERE, train_config
     from training.experiments.grid import arm_of, cells, imbalance_of
     from training.experiments.runner import epochs_done, finished
 
@@ -139,7 +138,7 @@ def _cells(chosen: Definition, folder: ResultsFolder, console: Console) -> None:
     total: int | None = 0
     for cell in cells(chosen):
         arm = arm_of(chosen, cell)
-        epochs = train_config(chosen, cell.backbone, arm, cell.seed, *(folder.path,) * 3).epochs
+        epochs = train_config(chosen, cell.backbone, arm, cell.seed, *NOWHERE).epochs
         per_epoch = steps_of_epoch(chosen, folder, imbalance_of(chosen, cell), cell.seed)
         steps = None if per_epoch is None else per_epoch * epochs
         total = None if total is None or steps is None else total + steps

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -16,7 +17,7 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class Child:
-    """`passion` with arguments, its output in a file; it leads a process group of its own.
+    """`passion` with arguments, its output appended to a file; it leads a process group of its own.
 
     SIGTERM lets a training run save. Linux sends it too when the parent is killed outright.
     """
@@ -24,7 +25,8 @@ class Child:
     def __init__(self, arguments: Sequence[str], output: Path, threads: int, keep_open: int | None = None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         self.output = output
-        with output.open("wb") as file:
+        parent = os.getpid()
+        with output.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "training", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -33,7 +35,7 @@ class Child:
                 env=_environment(threads, os.environ),
                 start_new_session=True,
                 pass_fds=() if keep_open is None else (keep_open,),
-                preexec_fn=_end_with_parent if _PRCTL is not None else None,  # noqa: PLW1509  # we start no thread
+                preexec_fn=partial(_end_with, parent) if _PRCTL is not None else None,  # noqa: PLW1509  # we start no thread
             )
 
     def ended(self) -> int | None:
@@ -66,9 +68,18 @@ class Child:
 
 
 def _environment(threads: int, ours: Mapping[str, str]) -> dict[str, str]:
-    return {**ours, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+    # Passive: threads that wait do not take the cores from the other jobs.
+    return {
+        **ours,
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "160",
+    }
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     assert _PRCTL is not None
     _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # gone before we asked
+        os._exit(1)

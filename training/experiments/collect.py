@@ -17,14 +17,13 @@ from typing import Any
 from training import atomic
 from training.errors import UserError
 from training.experiments.definition import Definition
-from training.experiments.folder import ResultsFolder
+from training.experiments.folder import CURVES, RUNS, SCORES, ResultsFolder
 from training.experiments.grid import Cell, cells
 from training.experiments.runner import finished
 from training.missingness import MissingnessTable
 
 Subset = tuple[str, ...]
 
-SCORES, CURVES, RUNS = "scores.csv.gz", "curves.csv.gz", "runs.json"
 SCORE_COLUMNS = ("backbone", "imbalance", "arm", "seed", "case", "modalities", "region", "dice", "hd95_mm")
 CURVE_COLUMNS = ("backbone", "imbalance", "arm", "seed", "epoch", "modality", "sep", "dist", "beta")
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from models.task import Task
+from training import published
 from training.errors import UserError
 from training.experiments.definition import Definition, Imbalance
 from training.experiments.folder import ResultsFolder
 from training.parallel import cores, each
-from training.prepare import prepare_dataset
+from training.prepare import find_cases, prepare_dataset
 
 Shape = tuple[int, int, int]
 
@@ -36,13 +36,20 @@ def make(definition: Definition, folder: ResultsFolder, source: Path | None, say
 
 
 def check_source(definition: Definition, source: Path | None) -> None:
-    """Raises `UserError` unless --data is given exactly where the definition asks for it."""
+    """Raises `UserError` unless --data is given exactly where the definition asks for it, and has what it needs."""
     if definition.data.source is not None and source is None:
         raise UserError(f"{definition.name} runs on real scans: name their folder with --data")
     if definition.data.source is None and source is not None:
         raise UserError(f"{definition.name} makes its own phantoms: leave --data out")
     if source is not None and not source.is_dir():
         raise UserError(f"--data {source}: no such folder")
+    if source is not None and definition.data.source is not None and definition.data.source.published:
+        absent = published.lacking(case.id for case in find_cases(source, definition.task()))
+        if absent:  # told now and not by `passion split`, after hours of preparing
+            raise UserError(
+                f"--data {source}: lacks {len(absent)} of the {len(published.subjects())} subjects of the published "
+                f"lists, such as {absent[0]}; {definition.name} needs them all"
+            )
 
 
 def training_cases(folder: ResultsFolder, source: Path | None) -> Path:
@@ -60,8 +67,8 @@ def split_command(definition: Definition, folder: ResultsFolder, imbalance: Imba
         return [*arguments, "--published", imbalance.name]
     else:
         arguments += ["--preset", imbalance.name]
-    val, test = (0.0, 0.0) if source is None else (source.val, source.test)
-    return [*arguments, "--val", f"{val:g}", "--test", f"{test:g}"]
+    val, test = (None, None) if source is None else (source.val, source.test)
+    return [*arguments, "--val", f"{val or 0:g}", "--test", f"{test or 0:g}"]
 
 
 def draw_split(
@@ -126,8 +133,3 @@ def _make_phantom(out: Path, seed: int, shape: Shape, spacing: float, index: int
     from training.phantom import make_subject, write_subject
 
     write_subject(out, make_subject(seed, index, shape, spacing))
-
-
-def regions(task: Task) -> list[str]:
-    """Names of the scored regions."""
-    return [region.name for region in task.regions]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.task import Task, TaskError, first_problem
+from models.task import Task, TaskError
 from training.config import TrainConfig
 from training.errors import UserError
 from training.metrics import CONVENTIONS
 
-SHIPPED = Path(__file__).parent
 BASELINE = "baseline"
+NOWHERE = (Path(), Path(), Path())
+"""For a configuration that is only looked at."""
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -60,16 +60,26 @@ class Source(_Part):
     """A folder of real scans, named on the command line with --data."""
 
     published: bool = True
-    """The published lists and missingness tables, by imbalance; else both are drawn, and these shares left out:"""
-    val: float = Field(default=0.1, ge=0)
-    test: float = Field(default=0.2, gt=0)
+    """Take the published lists and missingness tables, by the imbalances' names; else both are drawn."""
+    val: Annotated[float, Field(ge=0)] | None = None
+    """Where drawn: subjects left out of training, a fraction below 1 or a count."""
+    test: Annotated[float, Field(gt=0)] | None = None
+    """Where drawn: subjects to judge on, likewise."""
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Source:
+        if self.published == (self.val is not None or self.test is not None):
+            raise ValueError("give either published: true, or published: false with val and test")
+        if not self.published and (self.val is None or self.test is None):
+            raise ValueError("val and test belong together")
+        return self
 
 
 class Data(_Part):
     """Where the subjects come from; exactly one of `phantom` and `source`."""
 
     task: str = "glioma"
-    """A shipped task by name, or a YAML file."""
+    """A shipped task by name, or a YAML file (relative to the working directory)."""
     phantom: Phantoms | None = None
     source: Source | None = None
 
@@ -141,12 +151,13 @@ class Definition(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Definition:
-        for field, names in (
-            ("arms", [a.name.lower() for a in self.arms]),
-            ("imbalances", [i.name for i in self.imbalances]),
-            ("backbones", list(self.backbones)),
-            ("seeds", list(self.seeds)),
-        ):
+        axes: dict[str, list[str]] = {
+            "arms": [arm.name.lower() for arm in self.arms],
+            "imbalances": [imbalance.name.lower() for imbalance in self.imbalances],
+            "backbones": list(self.backbones),
+            "seeds": [str(seed) for seed in self.seeds],
+        }
+        for field, names in axes.items():
             twice = next((n for n in names if names.count(n) > 1), None)
             if twice is not None:
                 raise ValueError(f"{field}: {twice} stands twice")
@@ -176,88 +187,6 @@ def fingerprint(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def shipped() -> dict[str, Path]:
-    """The definitions that come with the package, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
-
-
-def scales(path: Path) -> list[str]:
-    """Names of the scales a definition file has; the first is the default."""
-    found = _content(path).get("scales") or {}
-    return list(found) if isinstance(found, dict) else []
-
-
-def find(name_or_path: str) -> Path:
-    """The file of a shipped definition, or the file itself. Raises `UserError`."""
-    if name_or_path in shipped():
-        return shipped()[name_or_path]
-    path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"}:
-        return path
-    raise UserError(f"no experiment {name_or_path!r}: give a YAML file or one of {', '.join(shipped())}")
-
-
-def read(path: Path, scale: str | None = None) -> Definition:
-    """A definition with the values of `scale` in place (the first scale if none is named).
-
-    Raises `UserError`, one line with file and field, for anything unknown, missing or impossible, training values
-    included.
-    """
-    content = _content(path)
-    known = content.pop("scales", None) or {}
-    if not isinstance(known, dict) or not all(isinstance(v, dict | None) for v in known.values()):
-        raise UserError(f"{path}: scales: expected names with values under them")
-    if scale is not None and scale not in known:
-        raise UserError(f"{path}: no scale {scale!r}; it has {', '.join(known) or 'none'}")
-    chosen = scale or next(iter(known), None)
-    if chosen is not None:
-        changes = known[chosen] or {}
-        unknown = set(changes) - {"data", "imbalances", "backbones", "arms", "seeds", "train", "evaluate"}
-        if unknown:
-            raise UserError(f"{path}: scales.{chosen}: a scale cannot change {sorted(unknown)[0]!r}")
-        content = _merge(content, changes) | {"scale": chosen}
-    try:
-        definition = Definition.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{path}: unknown key {'.'.join(str(p) for p in first['loc'])!r}") from None
-        raise UserError(f"{path}: {_plain(first_problem(error))}") from None
-    for problem in _problems(definition):
-        raise UserError(f"{path}: {problem}")
-    return definition
-
-
-def _problems(definition: Definition) -> Iterator[str]:
-    """What only the parts together, or the rest of the package, can tell."""
-    from models.backbones import BACKBONES
-
-    for backbone in definition.backbones:
-        if backbone not in BACKBONES:
-            yield f"backbones: {backbone!r} is unknown; there are {', '.join(BACKBONES)}"
-    own = sorted(set(definition.train) & {"data", "split", "out", "name", "description", "device"})
-    if own:
-        yield f"train.{own[0]}: set by the experiment, not by its definition"
-    axes = {"backbone": "backbones", "method": "arms", "regime": "arms", "seed": "seeds"}
-    of_grid = sorted(set(definition.train) & set(axes))
-    if of_grid:
-        yield f"train.{of_grid[0]}: belongs to the grid; give it under {axes[of_grid[0]]}"
-    try:
-        definition.task()
-    except UserError as error:
-        yield str(error)
-    for arm in definition.arms:
-        try:
-            train_config(definition, definition.backbones[0], arm, definition.seeds[0], Path(), Path(), Path())
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = str(first["loc"][0]) if first["loc"] else ""
-            where = f"arms.{arm.name}" if field in {"method", "regime", ""} else "train"
-            if first["type"] == "extra_forbidden":
-                yield f"{where}: unknown key {field!r}; known keys: {', '.join(TrainConfig.model_fields)}"
-            yield f"{where}.{_plain(first_problem(error))}" if field else f"{where}: {_plain(first_problem(error))}"
-
-
 def train_config(
     definition: Definition, backbone: str, arm: Arm, seed: int, data: Path, split: Path, out: Path
 ) -> TrainConfig:
@@ -273,28 +202,3 @@ def train_config(
         "seed": seed,
     }
     return TrainConfig.model_validate(definition.train | values)
-
-
-def _merge(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `content`, level by level; lists are replaced whole."""
-    merged = dict(content)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _plain(message: str) -> str:
-    return " ".join(message.replace("Value error, ", "").split())
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the definition ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines such as `name: my-experiment`")
-    return content

@@ -14,9 +14,13 @@ from typing import Any
 
 from training import atomic
 from training.errors import UserError
-from training.experiments.definition import Definition, Imbalance, read
+from training.experiments.definition import Definition, Imbalance
+from training.experiments.files import read
 from training.experiments.grid import Cell, CellFolder
 
+SCORES, CURVES, RUNS = "scores.csv.gz", "curves.csv.gz", "runs.json"
+KEPT = (SCORES, CURVES, RUNS)
+"""What is gathered from the cells."""
 AXES = ("imbalances", "backbones", "arms", "seeds")
 WAIT = 60.0
 """Seconds that a new runner gives the runs of a killed one to save and end."""
@@ -58,18 +62,16 @@ class ResultsFolder:
     def open_for(self, definition: Definition, *, fresh: bool) -> None:
         """Make the folder the experiment's own. An existing one may grow by arms, seeds and the like.
 
-        `fresh`: throw away what another definition left. Raises `UserError` where it holds something else.
+        `fresh`: throw away what was run and written here before, but for notes.md. Raises `UserError` where the folder
+        holds something else.
         """
         if fresh and self.definition.exists():
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.definition.unlink()
+            for made in (self.work, self.path / "tables", self.path / "plots"):
+                shutil.rmtree(made, ignore_errors=True)
+            for name in ("report.md", *KEPT, self.definition.name):
+                (self.path / name).unlink(missing_ok=True)
         if self.definition.exists():
-            changed = differences(read(self.definition), definition)
-            if changed:
-                raise UserError(
-                    f"{self.path}: holds results of another definition: {'; '.join(changed)}. "
-                    "Choose another folder with --out, or throw them away with --fresh"
-                )
+            self.check(definition, "choose another folder with --out, or throw them away with --fresh")
         elif self.work.exists():
             raise UserError(f"{self.path}: has work/ but no definition.yaml; choose another folder with --out")
         try:
@@ -78,11 +80,22 @@ class ResultsFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot write the folder ({error.strerror})") from None
 
+    def check(self, definition: Definition, remedy: str) -> None:
+        """Raises `UserError` if the folder's results are those of another definition."""
+        before = read(self.definition)
+        changed = differences(before, definition)
+        if changed:
+            made = f" (made with --scale {before.scale})" if before.scale not in {None, definition.scale} else ""
+            raise UserError(f"{self.path}: holds results of another definition{made}: {'; '.join(changed)}; {remedy}")
+
     @contextmanager
     def locked(self) -> Iterator[int]:
         """Hold the folder alone. The descriptor goes to every child, so it stays held while one of them lives."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot use this folder ({error.strerror})") from None
         try:
             end = time.monotonic() + WAIT
             while True:
@@ -100,7 +113,7 @@ class ResultsFolder:
 
 def differences(old: Definition, new: Definition) -> list[str]:
     """What is not the same, as `field: old -> new`. Members that an axis of the grid gains or loses do not count."""
-    before, after = (d.model_dump(mode="json", exclude={"description", *AXES}) for d in (old, new))
+    before, after = (d.model_dump(mode="json", exclude={"description", "scale", *AXES}) for d in (old, new))
     found = [
         f"{key}: {_show(before_flat.get(key))} -> {_show(after_flat.get(key))}"
         for before_flat, after_flat in [(_flat(before), _flat(after))]

@@ -57,11 +57,13 @@ def imbalance_of(definition: Definition, cell: Cell) -> Imbalance:
 
 def identity(definition: Definition, cell: Cell) -> str:
     """Hash of all that a cell's result depends on: other cells of the grid may come and go."""
-    content = definition.training() | {
+    content: dict[str, Any] = definition.training() | {
         "cell": cell.as_dict(),
         "arm": arm_of(definition, cell).model_dump(mode="json"),
         "imbalance": cell.imbalance and imbalance_of(definition, cell).model_dump(mode="json"),
     }
+    if Path(definition.data.task).suffix:  # a file of the user's, which may change under its name
+        content["task"] = definition.task().model_dump(mode="json")
     return fingerprint(content)
 
 

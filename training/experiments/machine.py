@@ -34,7 +34,9 @@ def machine() -> dict[str, Any]:
 
 def git_state() -> dict[str, Any]:
     """The commit of the code that runs, and whether its files differ from it; no commit where there is no git."""
-    commit = _git("rev-parse", "HEAD")
+    # An environment may lie inside somebody else's checkout: the commit is ours only if git knows this file.
+    ours = _git("ls-files", "--error-unmatch", "--", str(Path(__file__).relative_to(_ROOT)))
+    commit = None if ours is None else _git("rev-parse", "HEAD")
     return {"commit": commit, "dirty": None if commit is None else bool(_git("status", "--porcelain", "--", *_CODE))}
 
 

@@ -38,8 +38,8 @@ def dice_per_subset(outcome: Outcome, path: Path) -> None:
         panel.set_xlim(-0.6, columns - 0.4)
         panel.set_xticks([])
         panel.grid(axis="y", alpha=0.3)
-    panels[0].legend(loc="lower right", ncols=len(outcome.arms), frameon=False, fontsize=8)
-    panels[0].set_title(f"{outcome.backbone}, {outcome.imbalance}: {len(outcome.cases)} unseen subjects", fontsize=10)
+    figure.suptitle(f"{outcome.backbone}, {outcome.imbalance}: {len(outcome.cases)} unseen subjects", fontsize=10)
+    _legend(figure, panels[0])
     below = panels[-1]
     for y, name in enumerate(outcome.task.names):
         for x, subset in enumerate(outcome.subsets):
@@ -73,7 +73,7 @@ def preference(definition: Definition, results: Results, backbone: str, imbalanc
             _modalities(panel, definition.task().names, curves, what)
             panel.set_ylabel(label)
             panel.set_title(f"{arm}: {label}", fontsize=9)
-    panels[0].legend(frameon=False, fontsize=8)
+    _legend(figure, panels[0])
     for panel in panels[-2:]:
         panel.set_xlabel("epoch")
     _save(figure, path)
@@ -92,7 +92,7 @@ def convergence(definition: Definition, results: Results, backbone: str, imbalan
         panel.set_title(arm, fontsize=9)
         panel.set_xlabel("epoch")
     panels[0].set_ylabel("loss of the modality alone (sep)")
-    panels[0].legend(frameon=False, fontsize=8)
+    _legend(figure, panels[0])
     _save(figure, path)
     return True
 
@@ -130,6 +130,12 @@ def _figure(
     FigureCanvasAgg(figure)
     panels = figure.subplots(*grid, squeeze=False, height_ratios=heights, sharey=share_y)
     return figure, list(panels.flat)
+
+
+def _legend(figure: Figure, panel: Any) -> None:
+    """What the marks of a panel mean, below all panels, where it hides nothing."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> None:

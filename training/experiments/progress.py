@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from training.experiments.definition import Definition, train_config
-from training.experiments.folder import ResultsFolder
+from training.experiments.definition import NOWHERE, Definition, train_config
 from training.experiments.grid import Cell, CellFolder, arm_of, cells
 
 
@@ -43,12 +42,12 @@ class Display:
         """A line of its own."""
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def start(self, definition: Definition, folder: ResultsFolder, todo: list[Cell]) -> None:
+    def start(self, definition: Definition, todo: list[Cell]) -> None:
         """Before the first cell."""
         self._total = len(cells(definition))
         self._done = self._total - len(todo)
         arm = arm_of(definition, cells(definition)[0])
-        self._epochs = train_config(definition, definition.backbones[0], arm, 0, *(folder.path,) * 3).epochs
+        self._epochs = train_config(definition, definition.backbones[0], arm, 0, *NOWHERE).epochs
         self.say(f"{self._total} cells, {self._done} finished before")
 
     def began(self, cell: Cell, stage: str) -> None:

@@ -10,9 +10,9 @@ import yaml
 
 from training import atomic
 from training.experiments import plots, tables
-from training.experiments.collect import CURVES, RUNS, SCORES, Results
+from training.experiments.collect import Results
 from training.experiments.definition import BASELINE, Definition
-from training.experiments.folder import ResultsFolder
+from training.experiments.folder import CURVES, RUNS, SCORES, ResultsFolder
 from training.experiments.grid import cells
 from training.experiments.outcome import Outcome, missing
 from training.experiments.statistics import FEWEST, mean
@@ -135,8 +135,10 @@ def _comparison(
         parts += [f"### {tables.TITLES[outcome.metric]}: average over the subsets", tables.overall(outcome)]
         if outcome.metric == "hd95":
             shares = ", ".join(f"{arm} {100 * outcome.defined(arm):.1f} %" for arm in outcome.arms)
-            parts.append(f"Defined (neither the prediction nor the truth alone is empty): {shares}.")
-    parts += ["### Dice from a single modality, the most often missing first", tables.per_modality(dice)]
+            parts.append(f"Values that are defined: {shares}.")
+    single = tables.per_modality(dice)
+    atomic.write_text(folder.path / "tables" / f"single-{suffix}.md", single)
+    parts += ["### Dice from a single modality, the most often missing first", single]
     for outcome in (dice, hd95):
         title = tables.TITLES[outcome.metric]
         table = tables.per_subset(outcome)

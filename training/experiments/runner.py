@@ -19,7 +19,7 @@ from training import atomic
 from training.errors import UserError
 from training.experiments import data
 from training.experiments.children import Child
-from training.experiments.definition import Definition, train_config
+from training.experiments.definition import NOWHERE, Definition, train_config
 from training.experiments.folder import ResultsFolder
 from training.experiments.grid import Cell, CellFolder, arm_of, cells, identity, imbalance_of
 from training.experiments.machine import git_state, machine
@@ -39,6 +39,8 @@ class Job:
     device: str
     stage: str
     child: Child
+    code: dict[str, Any] = field(default_factory=git_state)
+    """The state of the code when the cell began."""
     started: float = field(default_factory=time.monotonic)
     """When the present stage began."""
 
@@ -52,16 +54,13 @@ class Plan:
     threads: int
 
 
-class Stopped(Exception):  # noqa: N818  # no error: someone asked
-    """SIGINT or SIGTERM."""
-
-
 class Runner:
     """`run` works through the grid; what is finished stays, what was cut short goes on."""
 
     def __init__(
         self, definition: Definition, folder: ResultsFolder, source: Path | None, plan: Plan, command: str
     ) -> None:
+        """`source`: the raw cases, where the definition takes real ones. `command`: what the records say was run."""
         self.definition = definition
         self.folder = folder
         self.source = source
@@ -69,16 +68,18 @@ class Runner:
         self.command = command
         self.failed: dict[Cell, str] = {}
 
-    def run(self, display: Display) -> dict[Cell, str]:
+    def run(self, display: Display, *, fresh: bool = False) -> dict[Cell, str]:
         """Every cell that is not finished. Returns those that failed, with what they said last.
 
-        Raises `UserError` for what no cell could do without, `KeyboardInterrupt` after a signal: all is stopped then.
+        `fresh`: throw away what is there. Raises `UserError` for what no cell could do without, `KeyboardInterrupt`
+        after a signal: all is stopped then.
         """
-        with self.folder.locked() as lock, _signals_stop():
+        with _signals_stop(), self.folder.locked() as lock:
+            self.folder.open_for(self.definition, fresh=fresh)
             data.make(self.definition, self.folder, self.source, display.say)
             self._splits(lock)
             todo = [c for c in cells(self.definition) if not finished(self.definition, self.folder, c)]
-            display.start(self.definition, self.folder, todo)
+            display.start(self.definition, todo)
             self._work(todo, lock, display)
         return self.failed
 
@@ -90,7 +91,7 @@ class Runner:
             finally:
                 child.kill()
             if status:
-                raise UserError(f"passion {arguments[0]}: {child.last_words()}")
+                raise UserError(f"passion {arguments[0]}: {child.last_words().removeprefix('error: ')}")
 
         for imbalance in self.definition.imbalances:
             for seed in self.definition.seeds:
@@ -167,9 +168,8 @@ class Runner:
     def _next_stage(self, job: Job, status: int, lock: int, display: Display) -> bool:
         """After a stage ended: start the next. False if the cell is done with, for better or worse."""
         seconds = time.monotonic() - job.started
-        wanted = train_config(
-            self.definition, job.cell.backbone, arm_of(self.definition, job.cell), 0, Path(), Path(), Path()
-        ).epochs
+        arm = arm_of(self.definition, job.cell)
+        wanted = train_config(self.definition, job.cell.backbone, arm, job.cell.seed, *NOWHERE).epochs
         if status == 0 and job.stage == "train" and epochs_done(job.folder) >= wanted:
             following = self._evaluate(job.cell, job.folder, job.device, lock)
             job.stage, job.child, job.started = following.stage, following.child, following.started
@@ -200,7 +200,7 @@ class Runner:
             "command": self.command,
             "software": card["software"],
             "machine": machine(),
-            "code": git_state(),
+            "code": job.code,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         atomic.write_text(job.folder.record, json.dumps(record, indent=1) + "\n")

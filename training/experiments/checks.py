@@ -1,0 +1,85 @@
+"""What is wrong with a definition that only its parts together, or the rest of the package, can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from models.backbones import BACKBONES
+from models.task import Task, TaskError, first_problem
+from training import published
+from training.config import TrainConfig
+from training.errors import UserError
+from training.experiments.definition import NOWHERE, Arm, Definition, Imbalance, train_config
+from training.methods import METHODS
+from training.missingness import preset
+
+OURS = ("data", "split", "out", "name", "description", "device")
+AXES = {"backbone": "backbones", "method": "arms", "regime": "arms", "seed": "seeds"}
+"""Training values that the grid sets, and where."""
+
+
+def problems(definition: Definition) -> Iterator[str]:
+    """One line each, with the field."""
+    for key in definition.train:
+        if key in OURS:
+            yield f"train.{key}: set by the experiment, not by its definition"
+        if key in AXES:
+            yield f"train.{key}: belongs to the grid; give it under {AXES[key]}"
+    for backbone in definition.backbones:
+        if backbone not in BACKBONES:
+            yield f"backbones: {backbone!r} is unknown; there are {', '.join(BACKBONES)}"
+    try:
+        task = definition.task()
+    except UserError as error:
+        yield str(error)
+        return
+    for imbalance in definition.imbalances:
+        yield from _of_imbalance(definition, imbalance, task)
+    for arm in definition.arms:
+        yield from _of_arm(definition, arm, task)
+
+
+def plain(message: str) -> str:
+    """Pydantic's words on one line, without its own."""
+    return " ".join(message.replace("Value error, ", "").split())
+
+
+def _of_imbalance(definition: Definition, imbalance: Imbalance, task: Task) -> Iterator[str]:
+    where = f"imbalances.{imbalance.name}"
+    takes_published = definition.data.source is not None and definition.data.source.published
+    try:
+        if imbalance.missing is not None:
+            for name in imbalance.missing:
+                task.canonical(name)
+            if takes_published:
+                yield f"{where}: missing rates are drawn; give data.source published: false, val and test"
+        elif not takes_published:
+            preset(imbalance.name, task)
+        elif imbalance.name not in published.IMBALANCES:
+            yield f"{where}: not published; there are {', '.join(published.IMBALANCES)}"
+    except (TaskError, UserError) as error:
+        yield f"{where}: {error}"
+
+
+def _of_arm(definition: Definition, arm: Arm, task: Task) -> Iterator[str]:
+    if arm.method not in METHODS:
+        yield f"arms.{arm.name}.method: {arm.method!r} is unknown; there are {', '.join(METHODS)}"
+    try:
+        config = train_config(definition, definition.backbones[0], arm, definition.seeds[0], *NOWHERE)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else ""
+        where = f"arms.{arm.name}" if field in AXES else "train"
+        if first["type"] == "extra_forbidden":
+            yield f"train: unknown key {field!r}; known keys: {', '.join(TrainConfig.model_fields)}"
+        yield f"{where}.{plain(first_problem(error))}" if field else f"{where}: {plain(first_problem(error))}"
+        return
+    if config.warmup_epochs >= config.epochs:
+        yield f"train.warmup_epochs: {config.warmup_epochs} leaves no epoch of {config.epochs} to train"
+    patch = config.crop or task.patch_size
+    for backbone in definition.backbones:
+        divisor = BACKBONES[backbone].divisor
+        if any(p % divisor or p < 2 * divisor for p in patch):
+            yield f"train.crop: {backbone} needs multiples of {divisor}, at least {2 * divisor}, not {patch}"

@@ -20,8 +20,13 @@ LEVELS = 4
 
 
 def mean_of_present(features: Sequence[Tensor | None], mask: Mask) -> Tensor:
-    """One level's features, each (B, c, d, h, w), averaged over the modalities in `mask` alone."""
+    """One level's features, each (B, c, d, h, w), averaged over the modalities in `mask` alone.
+
+    Raises ValueError for a modality that was not encoded: the mean of the others would be another subset's.
+    """
     present = [f for f, there in zip(features, mask, strict=True) if there and f is not None]
+    if len(present) != sum(mask):
+        raise ValueError(f"the mask of the fused path {tuple(mask)} has a modality that was not encoded")
     return reduce(torch.add, present) / len(present)
 
 

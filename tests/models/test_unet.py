@@ -72,6 +72,8 @@ def test_the_mean_is_over_the_present_only():
     assert torch.equal(mean_of_present([ones, twos, None, sixes], (True, True, False, True)), ones * 3)
     # Encoded, but not asked for: a student sees one modality of the teacher's features.
     assert torch.equal(mean_of_present([ones, twos, None, sixes], (False, False, False, True)), sixes)
+    with pytest.raises(ValueError, match="not encoded"):
+        mean_of_present([ones, twos, None, sixes], (True, False, True, False))
 
 
 def test_what_is_fused_is_the_mean_at_every_level(task):

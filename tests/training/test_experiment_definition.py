@@ -72,6 +72,7 @@ def source(**values):
         ({"train": {"crop": [20, 32, 32]}}, "train.crop: rfnet needs multiples of 8, at least 16"),
         ({"train": {"epochs": 2, "warmup_epochs": 2}}, "train.warmup_epochs: 2 leaves no epoch of 2"),
         ({"evaluate": {"empty": "zero"}}, "evaluate: empty: 'zero' is unknown: use one of published"),
+        ({"evaluate": {"subsets": ["flair+ct"]}}, "evaluate.subsets: 'ct' is no modality"),
         ({"scales": {"big": {"name": "x"}}}, "scales.big: a scale cannot change 'name'"),
         ({"scales": [1]}, "scales: expected names"),
     ],

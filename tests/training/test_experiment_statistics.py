@@ -162,6 +162,7 @@ def test_undefined_distances_are_left_out_and_counted(definition, results):
     assert outcome.differences("complete", ("t2",), "ET") == pytest.approx([0.0] * 8)
 
 
+@pytest.mark.slow
 def test_a_report_tells_what_was_run_what_came_out_and_what_is_missing(definition, results, tmp_path):
     folder = ResultsFolder(tmp_path / "results")
     folder.path.mkdir()
@@ -201,6 +202,15 @@ def test_a_report_tells_what_was_run_what_came_out_and_what_is_missing(definitio
     assert float(row["mean"]) == pytest.approx(0.6828)
     assert float(row["difference"]) == pytest.approx(0.0828)
     assert (row["subjects"], float(row["p"])) == ("8", pytest.approx(2 / 256, rel=1e-4))
+
+
+def test_many_arms_get_a_table_per_region(definition, results):
+    outcome = Outcome(definition, results, "rfnet", "mr2468", "dice")
+    assert tables.per_subset(outcome).count("| all |") == 1
+    outcome.arms = [*outcome.arms, "baseline"]
+    split = tables.per_subset(outcome)
+    assert split.count("| all |") == 5
+    assert "| flair | t1ce | t1 | t2 | ET baseline | ET PASSION | ET complete | ET baseline |" in split
 
 
 def test_numbers_without_a_value_are_dashes(definition, results):

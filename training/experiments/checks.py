@@ -35,6 +35,11 @@ def problems(definition: Definition) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
+    for subset in definition.evaluate.subsets or ():
+        try:
+            task.mask(task.canonical(name) for name in subset.split("+"))
+        except TaskError as error:
+            yield f"evaluate.subsets: {error}"
     for imbalance in definition.imbalances:
         yield from _of_imbalance(definition, imbalance, task)
     for arm in definition.arms:

@@ -77,6 +77,7 @@ class Display:
 
     def _end(self, cell: Cell, state: str) -> None:
         self._bars.remove_task(self._ids.pop(cell))
+        self._bars.refresh()
         self.say(f"{cell}: {state} ({self._done} of {self._total})")
 
 

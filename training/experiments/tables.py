@@ -14,6 +14,8 @@ from training.experiments.outcome import AVERAGE, Outcome, Row
 from training.experiments.statistics import Comparison
 
 TITLES = {"dice": "Dice", "hd95": "HD95 (mm)"}
+WIDE = 3
+"""Arms that a table has room for beside one another, each with all regions."""
 CSV_COLUMNS = (
     *("metric", "backbone", "imbalance", "arm", "seeds", "modalities", "region", "mean"),
     *("difference", "low", "high", "subjects", "p", "p_holm"),
@@ -27,14 +29,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 
 
 def per_subset(outcome: Outcome) -> str:
-    """The paper's table: a line per subset, every region of every arm, and the average over the subsets."""
-    header = [*outcome.task.names, *(f"{region} {arm}" for region in outcome.columns for arm in outcome.arms)]
-    rows = []
-    for subset in [*outcome.subsets, None]:
-        dots = _dots(outcome, subset) if subset else ["all", *[""] * (len(outcome.task.names) - 1)]
-        values = [number(outcome, outcome.value(a, subset, r)) for r in outcome.columns for a in outcome.arms]
-        rows.append([*dots, *(values if subset else [f"**{v}**" for v in values])])
-    return markdown(header, rows, left=0)
+    """The paper's table: a line per subset, every region of every arm, and the average over the subsets.
+
+    With many arms, a table per region: one would be too wide to read.
+    """
+    columns = outcome.columns
+    groups = [columns] if len(outcome.arms) <= WIDE else [[column] for column in columns]
+    return "\n".join(_per_subset(outcome, group) for group in groups)
 
 
 def differences_per_subset(outcome: Outcome, arm: str) -> str:
@@ -129,6 +130,16 @@ def difference(outcome: Outcome, comparison: Comparison) -> str:
         shown = f"**{shown}**"
     said = "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
     return f"{shown} [{comparison.low:+.{digits}f}, {comparison.high:+.{digits}f}] p {said}"
+
+
+def _per_subset(outcome: Outcome, columns: Sequence[str]) -> str:
+    header = [*outcome.task.names, *(f"{region} {arm}" for region in columns for arm in outcome.arms)]
+    rows = []
+    for subset in [*outcome.subsets, None]:
+        dots = _dots(outcome, subset) if subset else ["all", *[""] * (len(outcome.task.names) - 1)]
+        values = [number(outcome, outcome.value(a, subset, r)) for r in columns for a in outcome.arms]
+        rows.append([*dots, *(values if subset else [f"**{v}**" for v in values])])
+    return markdown(header, rows, left=0)
 
 
 def _dots(outcome: Outcome, subset: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,8 +73,22 @@ class TrainConfig(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise UserError(f"{path}: unknown key {field!r}; known keys: {', '.join(cls.model_fields)}") from None
             raise UserError(f"{path}: {first_problem(error)}") from None
-        if config.warmup_epochs >= config.epochs:
-            raise UserError(
-                f"{path}: warmup_epochs {config.warmup_epochs} leaves no epoch of {config.epochs} to train; lower it"
-            )
+        for problem in config.problems():
+            raise UserError(f"{path}: {problem}")
         return config
+
+    def problems(self) -> Iterator[str]:
+        """What only values together, or the rest of the package, can tell: a line each, with field and remedy."""
+        from models.backbones import BACKBONES  # these bring torch, which `passion --help` does without
+        from training.methods import METHODS
+
+        if self.method not in METHODS:
+            yield f"method: {self.method!r} is unknown; choose one of {', '.join(METHODS)}"
+        entry = BACKBONES.get(self.backbone)
+        if entry is None:
+            yield f"backbone: {self.backbone!r} is unknown; choose one of {', '.join(BACKBONES)}"
+        elif self.crop is not None and not entry.takes(self.crop):
+            unit = entry.divisor
+            yield f"crop: {self.backbone} needs multiples of {unit}, at least {2 * unit}, not {list(self.crop)}"
+        if self.warmup_epochs >= self.epochs:
+            yield f"warmup_epochs: {self.warmup_epochs} leaves no epoch of {self.epochs} to train; lower it"

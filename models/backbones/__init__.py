@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,6 +25,10 @@ class BackboneEntry:
     source: str
     """Where the network was published."""
 
+    def takes(self, patch: Sequence[int]) -> bool:
+        """Whether a patch of this size, in voxels, can be halved as often as the network does."""
+        return all(p % self.divisor == 0 and p >= 2 * self.divisor for p in patch)
+
 
 BACKBONES: dict[str, BackboneEntry] = {
     "rfnet": BackboneEntry(RFNet, 8, "Ding, Yu, Yang; ICCV 2021"),
@@ -39,7 +43,7 @@ def build(name: str, task: Task, width: int) -> nn.Module:
     if name not in BACKBONES:
         raise ValueError(f"no backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     entry = BACKBONES[name]
-    if any(p % entry.divisor or p < 2 * entry.divisor for p in task.patch_size):
+    if not entry.takes(task.patch_size):
         raise ValueError(
             f"patch size {task.patch_size} does not fit {name}: "
             f"use multiples of {entry.divisor}, at least {2 * entry.divisor}, per axis"

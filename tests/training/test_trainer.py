@@ -166,7 +166,10 @@ def test_a_modality_that_nobody_has_is_refused(small_data, tmp_path):
         ("data: a\nsplit: b\nout: c\nepochs: many\n", "epochs: Input should be a valid integer"),
         ("data: [\n", "not valid YAML"),
         ("- 1\n", "key: value"),
-        ("data: a\nsplit: b\nout: c\nepochs: 2\nwarmup_epochs: 2\n", "leaves no epoch"),
+        ("data: a\nsplit: b\nout: c\nepochs: 2\nwarmup_epochs: 2\n", "warmup_epochs: 2 leaves no epoch"),
+        ("data: a\nsplit: b\nout: c\nmethod: magic\n", "method: 'magic' is unknown; choose one of none, passion"),
+        ("data: a\nsplit: b\nout: c\nbackbone: vgg\n", "backbone: 'vgg' is unknown; choose one of rfnet"),
+        ("data: a\nsplit: b\nout: c\ncrop: [30, 32, 32]\n", "crop: rfnet needs multiples of 8, at least 16, not"),
     ],
 )
 def test_a_bad_configuration_names_file_and_field(tmp_path, text, message):

@@ -12,7 +12,6 @@ from training import published
 from training.config import TrainConfig
 from training.errors import UserError
 from training.experiments.definition import NOWHERE, Arm, Definition, Imbalance, train_config
-from training.methods import METHODS
 from training.missingness import preset
 
 OURS = ("data", "split", "out", "name", "description", "device")
@@ -69,22 +68,21 @@ def _of_imbalance(definition: Definition, imbalance: Imbalance, task: Task) -> I
 
 
 def _of_arm(definition: Definition, arm: Arm, task: Task) -> Iterator[str]:
-    if arm.method not in METHODS:
-        yield f"arms.{arm.name}.method: {arm.method!r} is unknown; there are {', '.join(METHODS)}"
-    try:
-        config = train_config(definition, definition.backbones[0], arm, definition.seeds[0], *NOWHERE)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0]) if first["loc"] else ""
-        where = f"arms.{arm.name}" if field in AXES else "train"
-        if first["type"] == "extra_forbidden":
-            yield f"train: unknown key {field!r}; known keys: {', '.join(TrainConfig.model_fields)}"
-        yield f"{where}.{plain(first_problem(error))}" if field else f"{where}: {plain(first_problem(error))}"
-        return
-    if config.warmup_epochs >= config.epochs:
-        yield f"train.warmup_epochs: {config.warmup_epochs} leaves no epoch of {config.epochs} to train"
-    patch = config.crop or task.patch_size
-    for backbone in definition.backbones:
-        divisor = BACKBONES[backbone].divisor
-        if any(p % divisor or p < 2 * divisor for p in patch):
-            yield f"train.crop: {backbone} needs multiples of {divisor}, at least {2 * divisor}, not {patch}"
+    def where(field: str) -> str:
+        return f"arms.{arm.name}" if field in AXES else "train"
+
+    found: dict[str, None] = {}  # in order, each once: backbones share most of what may be wrong
+    for backbone in (b for b in definition.backbones if b in BACKBONES):
+        try:
+            config = train_config(definition, backbone, arm, definition.seeds[0], *NOWHERE)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0]) if first["loc"] else ""
+            if first["type"] == "extra_forbidden":
+                yield f"train: unknown key {field!r}; known keys: {', '.join(TrainConfig.model_fields)}"
+            said = plain(first_problem(error))
+            yield f"{where(field)}.{said}" if field else f"{where(field)}: {said}"
+            return
+        full = config.model_copy(update={"crop": config.crop or task.patch_size})
+        found |= dict.fromkeys(f"{where(line.partition(':')[0])}.{line}" for line in full.problems())
+    yield from found

@@ -65,6 +65,8 @@ def source(**values):
         ({"arms": arms(name="Baseline")}, "arms: baseline stands twice"),
         ({"arms": arms(method="magic")}, "arms.other.method: 'magic' is unknown; choose one of none, passion"),
         ({"arms": arms(regime="half")}, "arms.other.regime: Input should be 'idt'"),
+        ({"arms": arms(seeds=[99])}, "arms.other.seeds: 99 is none of the experiment's seeds"),
+        ({"arms": arms(seeds=[])}, "seeds: Tuple should have at least 1 item"),
         ({"train": {"epoch": 3}}, "train: unknown key 'epoch'; known keys: data"),
         ({"train": {"epochs": 0}}, "train.epochs: Input should be greater"),
         ({"train": {"seed": 1}}, "train.seed: belongs to the grid; give it under seeds"),
@@ -130,6 +132,15 @@ def test_a_cell_s_identity_is_its_own_affair(tmp_path):
     assert identity(files.read(write(tmp_path, arms=more, seeds=[1, 2, 3], description="new")), cell) == was
     assert identity(files.read(write(tmp_path, train={"epochs": 3})), cell) != was
     assert identity(files.read(write(tmp_path)), Cell("rfnet", "mr2468", "PASSION", 2)) != was
+
+
+def test_an_arm_may_have_fewer_seeds_and_get_more_later(tmp_path):
+    few, all_of_them = ([*SMALL["arms"][:2], SMALL["arms"][2] | more] for more in ({"seeds": [2]}, {}))
+    fewer, full = files.read(write(tmp_path, arms=few)), files.read(write(tmp_path, arms=all_of_them))
+    assert [cell.seed for cell in cells(fewer) if cell.arm == "complete"] == [2]
+    assert [cell.seed for cell in cells(fewer) if cell.arm == "PASSION" and cell.imbalance == "t2-rare"] == [1, 2]
+    assert differences(fewer, full) == differences(full, fewer) == []
+    assert {identity(fewer, cell) for cell in cells(fewer)} < {identity(full, cell) for cell in cells(full)}
 
 
 def test_a_results_folder_may_grow_but_not_change(tmp_path):

@@ -104,6 +104,13 @@ class Arm(_Part):
     name: Name
     method: str = "none"
     regime: str = "idt"
+    seeds: tuple[Seed, ...] | None = Field(default=None, min_length=1)
+    """Only these of the experiment's seeds: a bound may do with fewer than what is compared."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How it trains, whichever seeds it has."""
+        return self.model_dump(mode="json", exclude={"seeds"})
 
     @property
     def complete(self) -> bool:
@@ -161,6 +168,10 @@ class Definition(_Part):
             twice = next((n for n in names if names.count(n) > 1), None)
             if twice is not None:
                 raise ValueError(f"{field}: {twice} stands twice")
+        for arm in self.arms:
+            strange = [seed for seed in arm.seeds or () if seed not in self.seeds]
+            if strange:
+                raise ValueError(f"arms.{arm.name}.seeds: {strange[0]} is none of the experiment's seeds")
         if BASELINE not in [a.name for a in self.arms]:
             raise ValueError(f"arms: one must be named {BASELINE!r}: the others are compared with it")
         return self

@@ -120,12 +120,15 @@ def differences(old: Definition, new: Definition) -> list[str]:
         for key in sorted({*before_flat, *after_flat})
         if before_flat.get(key) != after_flat.get(key)
     ]
-    for axis in ("imbalances", "arms"):
-        known = {member.name: member for member in getattr(old, axis)}
-        for member in getattr(new, axis):
-            was = known.get(member.name, member)
+    members = {
+        "imbalances": [{i.name: i.model_dump(mode="json") for i in d.imbalances} for d in (old, new)],
+        "arms": [{a.name: a.training for a in d.arms} for d in (old, new)],
+    }
+    for axis, (known, wanted) in members.items():
+        for name, member in wanted.items():
+            was = known.get(name, member)
             if was != member:
-                found.append(f"{axis}.{member.name}: {was!r} -> {member!r}")
+                found.append(f"{axis}.{name}: {was} -> {member}")
     return found
 
 

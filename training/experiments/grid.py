@@ -40,7 +40,7 @@ def cells(definition: Definition) -> list[Cell]:
     for seed in definition.seeds:
         for imbalance in definition.imbalances:
             for backbone in definition.backbones:
-                for arm in definition.arms:
+                for arm in (a for a in definition.arms if a.seeds is None or seed in a.seeds):
                     found[Cell(backbone, None if arm.complete else imbalance.name, arm.name, seed)] = None
     return list(found)
 
@@ -59,7 +59,7 @@ def identity(definition: Definition, cell: Cell) -> str:
     """Hash of all that a cell's result depends on: other cells of the grid may come and go."""
     content: dict[str, Any] = definition.training() | {
         "cell": cell.as_dict(),
-        "arm": arm_of(definition, cell).model_dump(mode="json"),
+        "arm": arm_of(definition, cell).training,
         "imbalance": cell.imbalance and imbalance_of(definition, cell).model_dump(mode="json"),
     }
     if Path(definition.data.task).suffix:  # a file of the user's, which may change under its name

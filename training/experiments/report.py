@@ -61,6 +61,7 @@ def _what(definition: Definition, folder: ResultsFolder, results: Results) -> li
     grid = "{} backbones x {} imbalances x {} arms x {} seeds".format(*sizes)
     if any(arm.complete for arm in definition.arms) and len(definition.imbalances) > 1:
         grid += "; what trains on complete subjects is trained once for all imbalances"
+    grid += "".join(f"; {arm.name} with seeds {_list(arm.seeds)} alone" for arm in definition.arms if arm.seeds)
     notes = folder.path / NOTES
     settings = definition.model_dump(mode="json", exclude_none=True, exclude={"name", "description"})
     return [

@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Features, Mask
-
-SLOPE = 0.2
-EPS = 1e-5
-
-
-def norm_act(x: Tensor) -> Tensor:
-    """InstanceNorm without affine, then LeakyReLU(0.2)."""
-    return F.leaky_relu(F.instance_norm(x, eps=EPS), SLOPE, inplace=True)
+from models.convolution import convolve, pointwise
+from models.layout import channel
+from models.normalisation import norm_act
 
 
 def upsample(x: Tensor, factor: int = 2) -> Tensor:
@@ -26,33 +21,12 @@ def upsample(x: Tensor, factor: int = 2) -> Tensor:
     return F.interpolate(x, scale_factor=factor, mode="trilinear", align_corners=True)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """1x1x1 convolution as one matrix product: (B, cin, ...) with weight (cout, cin, 1, 1, 1) -> (B, cout, ...)."""
-    batch = x.shape[0]
-    matrix = weight.flatten(1).expand(batch, -1, -1)
-    product = torch.baddbmm(bias[None, :, None], matrix, x.flatten(2))
-    return product.view(batch, -1, *x.shape[2:])
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """3x3x3 convolution with reflection padding: (B, cin, D, H, W) -> (B, cout, D/stride, H/stride, W/stride)."""
-    x = F.pad(x, (1,) * 6, mode="reflect")
-    depth = (x.shape[2] - 3) // stride + 1
-    if not _torch_would_be_slow(x) or depth % 2:
-        return F.conv3d(x, weight, bias, stride)
-    # Two half volumes as a batch of two give the same sums.
-    rows, second = (depth // 2 - 1) * stride + 3, depth // 2 * stride
-    halves = torch.cat([x[:, :, :rows], x[:, :, second : second + rows]])
-    return torch.cat(F.conv3d(halves, weight, bias, stride).split(1), dim=2)
-
-
-def _torch_would_be_slow(x: Tensor) -> bool:
-    """Whether torch leaves oneDNN for its own convolution, 5 to 15 times slower, as it does for one small volume.
-
-    The rule is in `ConvParams::use_mkldnn` of torch 2: one sample and at most 20480 values in its first planes.
-    """
-    batch, channels, depth, height, _ = x.shape
-    return x.device.type == "cpu" and batch == 1 and 1 < channels <= 20480 // (depth * height)
+def present_columns(weight: Tensor, modalities: int, there: Sequence[int]) -> Tensor:
+    """The columns of a weight (cout, K * c, 1, 1, 1) that meet the modalities `there`, by index, in order."""
+    if len(there) == modalities:
+        return weight
+    columns = weight.chunk(modalities, dim=1)
+    return torch.cat([columns[k] for k in there], dim=1)
 
 
 class ConvNormAct(nn.Module):
@@ -62,13 +36,13 @@ class ConvNormAct(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(cin, cout, kernel, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, cin, D, H, W) -> (B, cout, D/stride, H/stride, W/stride)."""
+    def forward(self, *parts: Tensor) -> Tensor:
+        """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride)."""
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
         if weight.shape[-1] == 1:
-            return norm_act(pointwise(x, weight, bias))
-        return norm_act(convolve(x, weight, bias, self.conv.stride[0]))
+            return norm_act(pointwise(parts, weight, bias))
+        return norm_act(convolve(parts, weight, bias, self.conv.stride[0]))
 
 
 class MaskedPointwise(nn.Module):
@@ -82,13 +56,10 @@ class MaskedPointwise(nn.Module):
         self.modalities = modalities
         self.conv = nn.Conv3d(modalities * cin, cout, 1)
 
-    def forward(self, present: Tensor, mask: Mask) -> Tensor:
-        """(B, P * cin, ...) of the P modalities present in `mask`, in order -> (B, cout, ...)."""
-        weight = self.conv.weight
-        if not all(mask):
-            columns = weight.unflatten(1, (self.modalities, -1))
-            weight = torch.cat([columns[:, k] for k, there in enumerate(mask) if there], dim=1)
+    def forward(self, present: Sequence[Tensor], mask: Mask) -> Tensor:
+        """Features (B, cin, D, H, W) of the modalities present in `mask`, in order -> (B, cout, D, H, W)."""
         assert self.conv.bias is not None
+        weight = present_columns(self.conv.weight, self.modalities, [k for k, there in enumerate(mask) if there])
         return norm_act(pointwise(present, weight, self.conv.bias))
 
 
@@ -133,15 +104,19 @@ class SeparateDecoder(nn.Module):
         x = features[-1]
         for level in range(self.levels - 1, 0, -1):
             u = self.get_submodule(f"d{level}_c1")(upsample(x))
-            x = self.get_submodule(f"d{level}_c2")(torch.cat([u, features[level - 1]], dim=1))
+            x = self.get_submodule(f"d{level}_c2")(u, features[level - 1])
             x = self.get_submodule(f"d{level}_out")(x)
-        logits: Tensor = self.seg_layer(x)
-        return logits
+        return logits(self.seg_layer, x)
+
+
+def logits(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1x1 `nn.Conv3d` that nothing follows: (B, c, D, H, W) -> (B, C, D, H, W)."""
+    return pointwise([x], layer.get_parameter("weight"), layer.get_parameter("bias"))
 
 
 def encode_present(encoders: Sequence[nn.Module], x: Tensor, mask: Mask) -> Features:
     """Features of the modalities in `mask`, each channel of x (B, K, D, H, W) through its own encoder."""
-    of_modality = [encoder(x[:, k : k + 1]) if mask[k] else None for k, encoder in enumerate(encoders)]
+    of_modality = [encoder(channel(x, k)) if mask[k] else None for k, encoder in enumerate(encoders)]
     levels = max(len(own) for own in of_modality if own is not None)
     return [[None if own is None else own[level] for own in of_modality] for level in range(levels)]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.intake import Intake, normalise, take_in
+from models.layout import in_fast_layout
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, save_image
 
@@ -113,7 +114,8 @@ class Predictor:
 
         def window(patch: Tensor) -> Tensor:
             nonlocal done
-            full = patch.new_zeros(patch.shape[0], len(mask), *patch.shape[2:])
+            # The channels of missing modalities are never read.
+            full = in_fast_layout(patch.new_empty(patch.shape[0], len(mask), *patch.shape[2:]))
             full[:, there] = patch
             p: Tensor = self._network.fuse(self._network.encode(full, mask), mask).logits.softmax(1)
             done += len(patch)

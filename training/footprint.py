@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import Mask
 from models.backbones import build
+from models.layout import in_fast_layout
 from models.task import Task
 from training.errors import UserError
 from training.passion.objective import terms
@@ -107,7 +108,7 @@ class Patch:
         self.classes = len(task.labels)
         self.network: Any = build(name, task, width).to(device)
         with torch.device(device):
-            self.x = torch.randn(1, len(task.names), *task.patch_size)
+            self.x = in_fast_layout(torch.randn(1, len(task.names), *task.patch_size))
             # Slabs, so that every class is there.
             slabs = torch.arange(task.patch_size[0]) * self.classes // task.patch_size[0]
             self.labels = slabs[None, :, None, None].expand(1, *task.patch_size).contiguous()

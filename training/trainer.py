@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.backbones import build
 from models.card import Card, software_versions
 from models.checkpoint import Checkpoint, CheckpointError, recover, save_checkpoint
+from models.layout import in_fast_layout
 from models.task import Task, first_problem
 from training.cases import PreparedCase, PreparedDataset
 from training.config import TrainConfig
@@ -101,8 +102,19 @@ class Trainer:
                 signal.signal(number, handler)
 
     def step(self, batch: Batch) -> Terms:
-        """One optimiser step."""
-        x, labels = batch.x.to(self.device, non_blocking=True), batch.labels.to(self.device, non_blocking=True)
+        """One optimiser step. Raises `UserError` where the loss is not finite or the GPU's memory is too small."""
+        try:
+            return self._step(batch)
+        except torch.OutOfMemoryError:
+            crop = "x".join(map(str, self.task.patch_size))
+            raise UserError(
+                f"out of GPU memory with batch_size {self.config.batch_size} and crop {crop}: lower one of them, or "
+                f"choose another backbone (`passion backbones`); the checkpoint of the last epoch is in {self.folder}"
+            ) from None
+
+    def _step(self, batch: Batch) -> Terms:
+        x = in_fast_layout(batch.x.to(self.device, non_blocking=True))
+        labels = batch.labels.to(self.device, non_blocking=True)
         warm_up = self.state.epoch < self.config.warmup_epochs
         method = self.state.method
         losses = terms(

@@ -17,10 +17,11 @@ from models.blocks import (
     SeparateDecoder,
     encode_present,
     initialise,
-    pointwise,
+    logits,
     separate_each,
     upsample,
 )
+from models.convolution import pointwise
 from models.task import Task
 from models.transformer import MLP, PreNorm, Residual, attention_weights
 
@@ -127,7 +128,7 @@ def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 def pointwise_norm(x: Tensor, conv: nn.Conv3d, norm: nn.LayerNorm) -> Tensor:
     """1x1x1 convolution, then `channel_norm`."""
     assert conv.bias is not None
-    return channel_norm(pointwise(x, conv.weight, conv.bias), norm)
+    return channel_norm(pointwise([x], conv.weight, conv.bias), norm)
 
 
 class Projection(nn.Module):
@@ -238,7 +239,7 @@ class ModalityFusion(nn.Module):
 
     def forward(self, present: Tensor, mask: Mask) -> Tensor:
         """present (B, P, c, d, h, w) -> (B, c, d, h, w)."""
-        x: Tensor = self.fusion_layer[0](present.flatten(1, 2), mask)
+        x: Tensor = self.fusion_layer[0](present.unbind(1), mask)
         for layer in self.fusion_layer[1:]:
             x = layer(x)
         return x
@@ -253,8 +254,8 @@ class LogitHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, d, h, w) -> (B, C, d, h, w)."""
-        logits: Tensor = self.prm_layer(x)
-        return logits
+        hidden, last = self.prm_layer
+        return logits(last, hidden(x))
 
 
 class FusedDecoder(nn.Module):
@@ -286,9 +287,9 @@ class FusedDecoder(nn.Module):
                 fused = self.get_submodule(f"CT{level}")(u, gated[level - 1], mask)
             else:
                 fused = self.get_submodule(f"RFM{level}")(gated[level - 1], mask)
-            x = self.get_submodule(f"d{level}_c2")(torch.cat([fused, u], dim=1))
+            x = self.get_submodule(f"d{level}_c2")(fused, u)
             x = self.get_submodule(f"d{level}_out")(x)
-        return Fused(logits=self.seg_layer(x), feature=x, deep=deep)
+        return Fused(logits=logits(self.seg_layer, x), feature=x, deep=deep)
 
 
 def stacked(level: Sequence[Tensor | None], mask: Mask) -> Tensor:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Features, Fused, Mask
-from models.blocks import convolve, initialise, norm_act, pointwise, separate_each, upsample
+from models.blocks import initialise, logits, present_columns, separate_each, upsample
+from models.convolution import convolve, pointwise
+from models.layout import channel
+from models.normalisation import norm_act
 from models.task import Task
 from models.transformer import Transformer
 
@@ -33,13 +36,13 @@ class Conv(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(cin, cout, kernel, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, cin, D, H, W) -> (B, cout, D/stride, H/stride, W/stride)."""
+    def forward(self, *parts: Tensor) -> Tensor:
+        """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride)."""
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
         if weight.shape[-1] == 1:
-            return pointwise(x, weight, bias)
-        return convolve(x, weight, bias, self.conv.stride[0])
+            return pointwise(parts, weight, bias)
+        return convolve(parts, weight, bias, self.conv.stride[0])
 
 
 class ZeroPaddedConv(nn.Module):
@@ -51,15 +54,14 @@ class ZeroPaddedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, D, H, W) -> the same shape."""
-        y: Tensor = self.conv(x)
-        return y
+        assert self.conv.bias is not None
+        return convolve([x], self.conv.weight, self.conv.bias, border="zero")
 
 
 class PresentPointwise(nn.Module):
     """1x1x1 convolution over K concatenated features of which only the present ones are given.
 
-    A missing modality's feature is zero and stays zero through norm and activation, so its columns add nothing. The
-    products are summed one modality after the other: the concatenation never exists.
+    A missing modality's feature is zero and stays zero through norm and activation, so its columns add nothing.
     """
 
     def __init__(self, modalities: int, width: int) -> None:
@@ -70,12 +72,8 @@ class PresentPointwise(nn.Module):
     def forward(self, present: Mapping[int, Tensor]) -> Tensor:
         """Features (B, c, D, H, W) by modality index -> (B, c, D, H, W)."""
         assert self.conv.bias is not None
-        columns = self.conv.weight.flatten(1).chunk(self.modalities, dim=1)
-        like = next(iter(present.values()))
-        total = self.conv.bias[None, :, None]
-        for k, feature in present.items():
-            total = torch.baddbmm(total, columns[k].expand(len(like), -1, -1), feature.flatten(2))
-        return total.view_as(like)
+        weight = present_columns(self.conv.weight, self.modalities, list(present))
+        return pointwise(list(present.values()), weight, self.conv.bias)
 
 
 class Encoder(nn.Module):
@@ -97,8 +95,11 @@ class Encoder(nn.Module):
         All that reads the others begins with norm and activation.
         """
         features = []
+        assert self.e1_c1.bias is not None
+        x = convolve([x], self.e1_c1.weight, self.e1_c1.bias)
         for level in range(1, LEVELS + 1):
-            x = self.get_submodule(f"e{level}_c1")(x)
+            if level > 1:
+                x = self.get_submodule(f"e{level}_c1")(x)
             y = self.get_submodule(f"e{level}_c2")(norm_act(x))
             deepest = x + self.get_submodule(f"e{level}_c3")(norm_act(y))
             x = norm_act(deepest)
@@ -151,12 +152,12 @@ class FusedDecoder(nn.Module):
         x = self.get_submodule(f"RFM{LEVELS}")(dict(enumerate(norm_act(bottleneck).chunk(self.modalities, dim=1))))
         deep: list[Tensor] = []
         for level in range(LEVELS - 1, 0, -1):
-            deep.insert(0, self.get_submodule(f"seg_d{level}")(x))
+            deep.insert(0, logits(self.get_submodule(f"seg_d{level}"), x))
             u = self.get_submodule(f"d{level}_c1")(norm_act(upsample(x)))
             fused = self.get_submodule(f"RFM{level}")(chosen(features[level - 1], mask))
-            x = self.get_submodule(f"d{level}_c2")(norm_act(torch.cat([fused, u], dim=1)))
+            x = self.get_submodule(f"d{level}_c2")(norm_act(fused), norm_act(u))
             x = self.get_submodule(f"d{level}_out")(norm_act(x))
-        return Fused(logits=self.get_submodule("seg_layer")(x), feature=x, deep=deep)
+        return Fused(logits=logits(self.get_submodule("seg_layer"), x), feature=x, deep=deep)
 
 
 class SeparateDecoder(nn.Module):
@@ -171,10 +172,9 @@ class SeparateDecoder(nn.Module):
         x = features[-1]
         for level in range(LEVELS - 1, 0, -1):
             u = self.get_submodule(f"d{level}_c1")(norm_act(upsample(x)))
-            x = self.get_submodule(f"d{level}_c2")(torch.cat([norm_act(u), features[level - 1]], dim=1))
+            x = self.get_submodule(f"d{level}_c2")(norm_act(u), features[level - 1])
             x = self.get_submodule(f"d{level}_out")(norm_act(x))
-        logits: Tensor = self.get_submodule("seg_layer")(x)
-        return logits
+        return logits(self.get_submodule("seg_layer"), x)
 
 
 def chosen(level: Sequence[Tensor | None], mask: Mask) -> dict[int, Tensor]:
@@ -227,7 +227,7 @@ class MMFormer(nn.Module):
         features: Features = [[None] * len(self.modalities) for _ in range(LEVELS + 1)]
         for k, name in enumerate(self.modalities):
             if mask[k]:
-                of_modality = self.get_submodule(f"{name}_encoder")(x[:, k : k + 1])
+                of_modality = self.get_submodule(f"{name}_encoder")(channel(x, k))
                 of_modality.append(self._intra_modal(name, of_modality[-1]))
                 for level, feature in enumerate(of_modality):
                     features[level][k] = feature
@@ -266,4 +266,4 @@ class MMFormer(nn.Module):
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         """The 1x1x1 convolution of that name."""
-        return pointwise(x, self.get_parameter(f"{name}.weight"), self.get_parameter(f"{name}.bias"))
+        return pointwise([x], self.get_parameter(f"{name}.weight"), self.get_parameter(f"{name}.bias"))

@@ -15,9 +15,13 @@ from models.blocks import (
     SeparateDecoder,
     encode_present,
     initialise,
+    logits,
     separate_each,
     upsample,
 )
+from models.layout import rows
+from models.normalisation import norm_act
+from models.region_sum import region_sum
 from models.task import Task
 
 LEVELS = 4
@@ -40,13 +44,13 @@ class ProbabilityHead(nn.Module):
             ConvNormAct(width if deepest else 2 * width, 16, kernel=1), nn.Conv3d(16, classes, 1)
         )
 
-    def forward(self, present: Tensor, decoded: Tensor | None, mask: Mask) -> Tensor:
-        """present (B, P * c, d, h, w), decoded (B, c, d, h, w) or None -> logits (B, C, d, h, w)."""
+    def forward(self, present: Sequence[Tensor], decoded: Tensor | None, mask: Mask) -> Tensor:
+        """present: P times (B, c, d, h, w), decoded (B, c, d, h, w) or None -> logits (B, C, d, h, w)."""
         x = self.embedding_layer[0](present, mask)
         for layer in self.embedding_layer[1:]:
             x = layer(x)
-        logits: Tensor = self.prm_layer(x if decoded is None else torch.cat([decoded, x], dim=1))
-        return logits
+        hidden, last = self.prm_layer
+        return logits(last, hidden(x) if decoded is None else hidden(decoded, x))
 
 
 class ModalityWeights(nn.Module):
@@ -65,7 +69,7 @@ class ModalityWeights(nn.Module):
 
 
 class RegionFusion(nn.Module):
-    """The convolutions over the C concatenated region features."""
+    """The convolutions over the C region features of a level, p_r * sum_k w_{r,k} f_k, which are never concatenated."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -75,10 +79,14 @@ class RegionFusion(nn.Module):
             ConvNormAct(width, width // 2, kernel=1),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C * c, d, h, w) -> (B, c / 2, d, h, w)."""
-        fused: Tensor = self.fusion_layer(x)
-        return fused
+    def forward(self, present: Sequence[Tensor], regions: Tensor, weights: Tensor) -> Tensor:
+        """present: P times (B, c, d, h, w), regions p (B, C, d, h, w), weights w (B, C, P) -> (B, c / 2, d, h, w)."""
+        first, *others = self.fusion_layer
+        matrix, bias = (first.get_parameter(f"conv.{name}") for name in ("weight", "bias"))
+        x = norm_act(region_sum(present, regions, weights, matrix, bias))
+        for layer in others:
+            x = layer(x)
+        return x
 
 
 class RegionAwareFusion(nn.Module):
@@ -97,32 +105,28 @@ class RegionAwareFusion(nn.Module):
             ]
         )
 
-    def forward(self, present: Tensor, regions: Tensor, mask: Mask) -> Tensor:
-        """present (B, P * c, d, h, w), regions = class probabilities (B, C, d, h, w) -> (B, c, d, h, w)."""
+    def forward(self, present: Sequence[Tensor], regions: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """present: P times (B, c, d, h, w), regions = class probabilities (B, C, d, h, w).
+
+        Gives the halves of the fused feature, each (B, c / 2, d, h, w).
+        """
         short_cut = self.short_cut[0](present, mask)
         for layer in self.short_cut[1:]:
             short_cut = layer(short_cut)
-        return torch.cat([self.region_fusion(self._region_features(present, regions, mask)), short_cut], dim=1)
+        return self.region_fusion(present, regions, self._weights(present, regions, mask)), short_cut
 
-    def _region_features(self, present: Tensor, regions: Tensor, mask: Mask) -> Tensor:
-        """p_r * sum_k w_{r,k} f_k for every region r, as (B, C * c, d, h, w).
-
-        The descriptors mean(f_k p_r) are one matrix product and the weighted sums another, so the product of every
-        modality's feature with every region's map never exists.
-        """
+    def _weights(self, present: Sequence[Tensor], regions: Tensor, mask: Mask) -> Tensor:
+        """w_{r,k} of the present modalities, (B, C, P). The descriptors mean(f_k p_r) are one product of matrices."""
         there = [k for k, is_there in enumerate(mask) if is_there]
-        flat, p = present.flatten(2), regions.flatten(2)
-        batch, channels, voxels = flat.shape
-        width, classes = channels // len(there), p.shape[1]
-        area = p.mean(2) + AREA_EPS  # (B, C)
-        means = torch.matmul(p, flat.transpose(1, 2)) / voxels / area[..., None]  # (B, C, P * c)
-        descriptors = means.new_zeros(batch, classes, self.modalities, width)
-        descriptors[:, :, there] = means.unflatten(2, (len(there), width))
+        p = rows(regions)  # (B, V, C)
+        area = p.mean(1) + AREA_EPS  # (B, C)
+        shares = p.transpose(1, 2) / p.shape[1]
+        means = torch.stack([torch.matmul(shares, rows(f)) for f in present], dim=2) / area[..., None, None]
+        descriptors = means.new_zeros(*area.shape, self.modalities, means.shape[-1])  # (B, C, K, c)
+        descriptors[:, :, there] = means
         descriptors = torch.cat([descriptors.flatten(2), area[..., None]], dim=2)
         weights = torch.stack([mlp(descriptors[:, r]) for r, mlp in enumerate(self.modal_fusion)], dim=1)
-        weighted = torch.matmul(weights[:, :, there], flat.unflatten(1, (len(there), width)).flatten(2))
-        features: Tensor = weighted.unflatten(2, (width, voxels)) * p[:, :, None]
-        return features.reshape(batch, classes * width, *present.shape[2:])
+        return weights[:, :, there]
 
 
 class FusedDecoder(nn.Module):
@@ -145,22 +149,20 @@ class FusedDecoder(nn.Module):
 
     def forward(self, features: Features, mask: Mask) -> Fused:
         """Features of at least the modalities in `mask`."""
-        x: Tensor | None = None
+        x: Sequence[Tensor] = []  # in parts along the channels
         deep: list[Tensor] = []
         for level in range(LEVELS, 0, -1):
-            u = None if x is None else self.get_submodule(f"d{level}_c1")(upsample(x))
+            u = self.get_submodule(f"d{level}_c1")(*map(upsample, x)) if x else None
             of_mask = [f for f, there in zip(features[level - 1], mask, strict=True) if there]
-            present = torch.cat([f for f in of_mask if f is not None], dim=1)
-            logits = self.get_submodule(f"prm_generator{level}")(present, u, mask)
+            present = [f for f in of_mask if f is not None]
+            of_level = self.get_submodule(f"prm_generator{level}")(present, u, mask)
             # The regions only say where to look: the released training lets no gradient through them.
-            regions = logits.detach().softmax(1)
-            x = self.get_submodule(f"RFM{level}")(present, regions, mask)
+            x = self.get_submodule(f"RFM{level}")(present, of_level.detach().softmax(1), mask)
             if u is not None:
-                x = self.get_submodule(f"d{level}_c2")(torch.cat([x, u], dim=1))
-                x = self.get_submodule(f"d{level}_out")(x)
-            deep.insert(0, logits)
-        assert x is not None
-        return Fused(logits=self.seg_layer(x), feature=x, deep=deep)
+                x = [self.get_submodule(f"d{level}_c2")(*x, u)]
+                x = [self.get_submodule(f"d{level}_out")(*x)]
+            deep.insert(0, of_level)
+        return Fused(logits=logits(self.get_submodule("seg_layer"), x[0]), feature=x[0], deep=deep)
 
 
 class RFNet(nn.Module):

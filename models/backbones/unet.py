@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Features, Fused, Mask
-from models.blocks import ConvNormAct, Encoder, SeparateDecoder, encode_present, initialise, separate_each, upsample
+from models.blocks import (
+    ConvNormAct,
+    Encoder,
+    SeparateDecoder,
+    encode_present,
+    initialise,
+    logits,
+    separate_each,
+    upsample,
+)
 from models.task import Task
 
 LEVELS = 4
@@ -49,12 +58,12 @@ class FusedDecoder(nn.Module):
         x = fused[-1]
         deep: list[Tensor] = []
         for level in range(LEVELS - 1, 0, -1):
-            deep.insert(0, self.get_submodule(f"head{level + 1}")(x))
+            deep.insert(0, logits(self.get_submodule(f"head{level + 1}"), x))
             # The width is halved before upsampling: an eighth of the work, and the wide volume never exists.
             u = upsample(self.get_submodule(f"d{level}_up")(x))
-            x = self.get_submodule(f"d{level}_c1")(torch.cat([u, fused[level - 1]], dim=1))
+            x = self.get_submodule(f"d{level}_c1")(u, fused[level - 1])
             x = self.get_submodule(f"d{level}_c2")(x)
-        return Fused(logits=self.seg_layer(x), feature=x, deep=deep)
+        return Fused(logits=logits(self.seg_layer, x), feature=x, deep=deep)
 
 
 class UNet(nn.Module):

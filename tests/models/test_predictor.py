@@ -7,6 +7,7 @@ import torch
 
 from models.checkpoint import Checkpoint
 from models.intake import take_in
+from models.layout import in_fast_layout
 from models.predictor import Predictor, window_count
 from models.task import TaskError
 from models.volume import Volume, VolumeError
@@ -38,7 +39,7 @@ def test_probabilities_are_the_uniform_mean_over_windows(predictor, scans):
                 for c in starts[2]:
                     place = (slice(a, a + size), slice(b, b + size), slice(c, c + size))
                     mask = (True,) * 4
-                    patch = x[(slice(None), slice(None), *place)]
+                    patch = in_fast_layout(x[(slice(None), slice(None), *place)])
                     total[(slice(None), *place)] += network.fuse(network.encode(patch, mask), mask).logits.softmax(1)[0]
                     count[place] += 1
                     windows += 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.backbone import Fused
-from training.passion.losses import CLAMP, Truth, factors, level_weight, probabilities
+from training.passion.losses import CLAMP, Truth, factors, level_weight, probabilities, voxels
 
 TEMPERATURE = 4.0
 PROTOTYPE_EPS = 1e-5
@@ -28,24 +29,40 @@ class SoftTargets:
     @torch.no_grad()
     def of(cls, teacher: Fused, temperature: float = TEMPERATURE) -> SoftTargets:
         """q = clamp(up(softmax(logits / T)), 0.005, 1) per map, each (C, V)."""
-        q = _soft(teacher, temperature)
+        q = [p.clamp(CLAMP, 1) for p in _soft(teacher, temperature)]
         return cls(q, [m.log() for m in q])
 
 
 def _soft(fused: Fused, temperature: float) -> list[Tensor]:
+    """Tempered probabilities of the output, then of each map, at full resolution, each (C, V)."""
     maps = [probabilities(fused.logits, 1, temperature)]
     for logits, factor in zip(fused.deep, factors(fused.logits, fused.deep), strict=True):
         maps.append(probabilities(logits, factor, temperature))
-    return [m.clamp(CLAMP, 1) for m in maps]
+    return maps
 
 
 def pixel_wise(student: Fused, targets: SoftTargets, temperature: float = TEMPERATURE) -> Tensor:
     """`kl`: T^2 mean_{v,c} q_t (log q_t - log q_s) of the output plus, level-weighted, of every map; a scalar."""
     terms = []
-    for i, q_s in enumerate(_soft(student, temperature)):
-        kl = (targets.q[i] * (targets.log_q[i] - q_s.log())).mean() * temperature**2
+    for i, p in enumerate(_soft(student, temperature)):
+        kl: Tensor = _Divergence.apply(p, targets.q[i], targets.log_q[i]) * temperature**2
         terms.append(kl if i == 0 else kl * level_weight(i - 1))
     return torch.stack(terms).sum()
+
+
+class _Divergence(torch.autograd.Function):
+    """mean of q (log q - log clamp(p, 0.005, 1)), which keeps p and q alone for the gradient of p."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
+        ctx.save_for_backward(p, q)
+        return (log_q - p.clamp(CLAMP, 1).log_()).mul_(q).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        p, q = ctx.saved_tensors
+        free = (p >= CLAMP) & (p <= 1)
+        return torch.where(free, q / p, 0.0).mul_(-gradient / p.numel()), None, None
 
 
 def similarity(feature: Tensor, truth: Truth, counted: Sequence[int]) -> Tensor:
@@ -53,10 +70,12 @@ def similarity(feature: Tensor, truth: Truth, counted: Sequence[int]) -> Tensor:
 
     A prototype is the class's mean feature. It is not detached.
     """
-    flat = feature[0].flatten(1)  # (F, V)
+    flat = voxels(feature)  # (F, V)
     y = truth.onehot[list(counted)]
     prototypes = flat @ y.T / (truth.counts[list(counted)] + PROTOTYPE_EPS)  # (F, counted)
-    return F.normalize(prototypes, dim=0, eps=COSINE_EPS).T @ F.normalize(flat, dim=0, eps=COSINE_EPS)
+    # Divided by the voxels' norms after the product, which has fewer maps than the feature.
+    squares = flat.new_ones(1, len(flat)) @ flat.square()
+    return (F.normalize(prototypes, dim=0, eps=COSINE_EPS).T @ flat) / squares.clamp(min=COSINE_EPS**2).sqrt()
 
 
 def semantic_wise(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.blocks import upsample
+from models.layout import rows
 
 CLAMP = 0.005
 DICE_EPS = 1e-7
@@ -25,15 +26,15 @@ class Truth:
     labels: Tensor
     """(V,) class indices, int64."""
     onehot: Tensor
-    """(C, V) float32."""
+    """(C, V)"""
     counts: Tensor
-    """(C,) voxels of each class, float32."""
+    """(C,) voxels of each class."""
 
     @classmethod
-    def of(cls, labels: Tensor, classes: int) -> Truth:
-        """From class indices (D, H, W)."""
+    def of(cls, labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Truth:
+        """From class indices (D, H, W), for probabilities of a precision."""
         flat = labels.reshape(-1).long()
-        onehot = torch.zeros(classes, flat.numel(), device=flat.device).scatter_(0, flat[None], 1.0)
+        onehot = torch.zeros(classes, flat.numel(), dtype=dtype, device=flat.device).scatter_(0, flat[None], 1.0)
         return cls(flat, onehot, onehot.sum(1))
 
 
@@ -53,7 +54,14 @@ def supervised(p: Tensor, truth: Truth) -> Tensor:
 
 def probabilities(logits: Tensor, factor: int = 1, temperature: float = 1.0) -> Tensor:
     """softmax(logits / T), then upsampled: (1, C, d, h, w) -> (C, V) at full resolution."""
-    return upsample((logits / temperature).softmax(1), factor)[0].flatten(1)
+    if temperature != 1:
+        logits = logits / temperature
+    return voxels(upsample(logits.softmax(1), factor))
+
+
+def voxels(x: Tensor) -> Tensor:
+    """(1, c, D, H, W) -> (c, V): a view where x is channels last."""
+    return rows(x)[0].T
 
 
 def level_weight(level: int) -> float:

@@ -112,7 +112,7 @@ def terms(
     """
     present = masks if present is None else present
     samples = [
-        _run(network, x[b : b + 1], Truth.of(labels[b], classes), tuple(mask), present[b])
+        _run(network, x[b : b + 1], Truth.of(labels[b], classes, x.dtype), tuple(mask), present[b])
         for b, mask in enumerate(masks)
     ]
     zero = x.new_zeros(())

@@ -1,0 +1,166 @@
+"""Convolutions that keep their input alone for the backward pass: no padded copy, no concatenation.
+
+They take the concatenation of several volumes without its being made: `parts`, side by side along channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layout import is_channels_last, like, rows, volume
+
+BEYOND = (1,) * 6
+Border = Literal["reflect", "zero"]
+"""What lies beyond the faces of a volume."""
+
+
+def convolve(
+    parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int = 1, border: Border = "reflect"
+) -> Tensor:
+    """3x3x3 convolution of the concatenation of `parts`, each (B, c_i, D, H, W), padded by one voxel on every side.
+
+    Gives (B, cout, D/stride, H/stride, W/stride).
+    """
+    if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in parts)):
+        y: Tensor = _Convolve.apply(weight, bias, stride, border, *parts)
+        return y
+    return _convolve(_padded(parts, border), weight, bias, stride)
+
+
+def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """1x1x1 convolution of the concatenation of `parts`, each (B, c_i, D, H, W), as matrix products.
+
+    weight (cout, sum of c_i, 1, 1, 1); gives (B, cout, D, H, W).
+    """
+    first = parts[0]
+    columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
+    if is_channels_last(first):
+        by_voxel = bias
+        for part, column in zip(parts, columns, strict=True):
+            by_voxel = torch.addmm(by_voxel, rows(part).flatten(0, 1), column.T)
+        return volume(by_voxel.unflatten(0, (len(first), -1)), first.shape[2:])
+    by_channel = bias[None, :, None]
+    for part, column in zip(parts, columns, strict=True):
+        by_channel = torch.baddbmm(by_channel, column.expand(len(part), -1, -1), part.flatten(2))
+    return by_channel.view(len(first), -1, *first.shape[2:])
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, stride: int, border: Border, *parts: Tensor) -> Tensor:
+        ctx.stride, ctx.border = stride, border
+        ctx.save_for_backward(weight, *parts)
+        return _convolve(_padded(parts, border), weight, bias, stride)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        weight, *parts = ctx.saved_tensors
+        needs_parts = any(ctx.needs_input_grad[4:])
+        padded = _padded(parts, ctx.border)
+        gradient = like(gradient, padded)
+        of_padded, of_weight, of_bias = _convolve_backward(gradient, padded, weight, ctx.stride, needs_parts)
+        of_parts = _unpadded(of_padded, parts, ctx.border) if needs_parts else [None] * len(parts)
+        return of_weight, of_bias, None, None, *of_parts
+
+
+def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
+    """The parts side by side along channels, with a voxel more beyond every face."""
+    if not is_channels_last(parts[0]):
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        return F.pad(whole, BEYOND, mode="reflect" if border == "reflect" else "constant")
+    # Channels last, torch's concatenation and its padding take several times as long as these copies.
+    batch, _, *size = parts[0].shape
+    shape = (batch, sum(p.shape[1] for p in parts), *(s + 2 for s in size))
+    padded = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, memory_format=torch.channels_last_3d)
+    at = 0
+    for part in parts:
+        padded[:, at : at + part.shape[1], 1:-1, 1:-1, 1:-1] = part
+        at += part.shape[1]
+    for axis in (2, 3, 4):
+        for face, inner in ((0, 2), (-1, -3)):
+            if border == "reflect":
+                padded.select(axis, face).copy_(padded.select(axis, inner))
+            else:
+                padded.select(axis, face).zero_()
+    return padded
+
+
+def _unpadded(gradient: Tensor, parts: Sequence[Tensor], border: Border) -> list[Tensor]:
+    """The gradient of `_padded`, part by part; writes into `gradient`."""
+    if border == "reflect":
+        for axis in (4, 3, 2):
+            for face, inner in ((0, 2), (-1, -3)):
+                gradient.select(axis, inner).add_(gradient.select(axis, face))
+    inside = gradient[:, :, 1:-1, 1:-1, 1:-1]
+    return [like(g, p) for g, p in zip(inside.split([p.shape[1] for p in parts], 1), parts, strict=True)]
+
+
+class _Halves:
+    """One small volume as a batch of two halves, which gives the same sums.
+
+    For one sample with at most 20480 values in its first planes torch leaves oneDNN for its own convolution, 5 to 15
+    times slower (`ConvParams::use_mkldnn` of torch 2). For two samples it does not.
+    """
+
+    def __init__(self, depth: int, stride: int) -> None:
+        """`depth`: of the output."""
+        self.rows = -(-depth // 2)
+        self.twice = 2 * self.rows - depth  # rows of the output that both halves have: 1 if its depth is odd
+        self.first = slice(0, (self.rows - 1) * stride + 3)
+        begin = (depth - self.rows) * stride
+        self.second = slice(begin, begin + self.first.stop)
+
+    @classmethod
+    def needed(cls, padded: Tensor, stride: int) -> _Halves | None:
+        batch, channels, depth, height, _ = padded.shape
+        if padded.device.type != "cpu" or batch > 1 or channels == 1 or channels * depth * height > 20480:
+            return None
+        return cls((depth - 3) // stride + 1, stride)
+
+    def of_input(self, padded: Tensor) -> Tensor:
+        return torch.cat([padded[:, :, self.first], padded[:, :, self.second]])
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        second = gradient[:, :, gradient.shape[2] - self.rows :]
+        if self.twice:
+            second = second.clone()
+            second[:, :, : self.twice] = 0  # the first half has it
+        return torch.cat([gradient[:, :, : self.rows], second])
+
+    def joined(self, halves: Tensor) -> Tensor:
+        return torch.cat([halves[:1], halves[1:, :, self.twice :]], dim=2)
+
+    def joined_gradient(self, halves: Tensor, like: Tensor) -> Tensor:
+        whole = torch.zeros_like(like)
+        whole[:, :, self.first] += halves[:1]
+        whole[:, :, self.second] += halves[1:]
+        return whole
+
+
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    halves = _Halves.needed(padded, stride)
+    if halves is None:
+        y = F.conv3d(padded, weight, bias, stride)
+    else:
+        y = halves.joined(F.conv3d(halves.of_input(padded), weight, bias, stride))
+    return like(y, padded)  # torch forgets the layout where there is one channel
+
+
+def _convolve_backward(
+    gradient: Tensor, padded: Tensor, weight: Tensor, stride: int, of_input: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the padded input (if asked for), the weight and the bias."""
+    halves = _Halves.needed(padded, stride)
+    x = padded if halves is None else halves.of_input(padded)
+    g = gradient if halves is None else halves.of_gradient(gradient)
+    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        g, x, weight, [len(weight)], [stride] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1, [of_input, True, True]
+    )
+    if halves is not None and of_input:
+        of_x = halves.joined_gradient(of_x, padded)
+    return of_x, of_weight, of_bias

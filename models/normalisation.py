@@ -1,0 +1,93 @@
+"""InstanceNorm with its activation, which keeps its output alone for the backward pass: the next layer's input."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layout import is_channels_last, like, rows, volume
+
+SLOPE = 0.2
+EPS = 1e-5
+SMALL = 4096
+"""Voxels. A smaller map is copied channel by channel and left to torch, and its sums are torch's to the last digit."""
+
+
+def norm_act(x: Tensor) -> Tensor:
+    """InstanceNorm without affine, then LeakyReLU(0.2), of (B, c, D, H, W)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        y: Tensor = _NormAct.apply(x)
+        return y
+    if not is_channels_last(x):  # in operations that graph formats have
+        return F.leaky_relu(F.instance_norm(x, eps=EPS), SLOPE, inplace=True)
+    return _normalise(x)[0]
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, inverse_deviation = _normalise(x)
+        ctx.save_for_backward(y, inverse_deviation)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        y, inverse_deviation = ctx.saved_tensors
+        matrix = _Matrix(y)
+        flat_y = matrix.of(y)
+        g: Tensor = torch.ops.aten.leaky_relu_backward(matrix.of(gradient), flat_y, SLOPE, True)
+        # LeakyReLU can be undone, so its input, the normalised map, need not be kept.
+        normalised = F.leaky_relu(flat_y, 1 / SLOPE)
+        mean = matrix.mean(g)
+        g.addcmul_(normalised, matrix.spread(-matrix.mean(g * normalised)))
+        g.sub_(matrix.spread(mean)).mul_(matrix.spread(inverse_deviation))
+        return matrix.back(g)
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`norm_act`, and the inverse standard deviation (B, c)."""
+    if not is_channels_last(x) or x[0, 0].numel() <= SMALL:
+        flat = x.contiguous().view(1, -1, *x.shape[2:])  # InstanceNorm is BatchNorm of one sample with all channels
+        normalised, _, deviations = torch.native_batch_norm(flat, None, None, None, None, True, 0.0, EPS)
+        return like(F.leaky_relu(normalised, SLOPE, inplace=True).view(x.shape), x), deviations.view(x.shape[:2])
+    # Over channels last torch adds up one value after the other in single precision: 1e-4 off where this is 1e-6.
+    matrix = _Matrix(x)
+    flat = matrix.of(x)
+    y = flat - matrix.spread(matrix.mean(flat))
+    inverse_deviation = (matrix.mean(y.square()) + EPS).rsqrt()
+    y.mul_(matrix.spread(inverse_deviation))
+    return matrix.back(F.leaky_relu(y, SLOPE, inplace=True)), inverse_deviation
+
+
+class _Matrix:
+    """A volume (B, c, D, H, W) as (B, rows, columns), such that a value per channel is the same in every row or column.
+
+    Channels last a row is some voxels with all their channels, as long as vector instructions want it; else a channel.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.shape = like.shape
+        self.last = is_channels_last(like)
+        self.voxels = like[0, 0].numel()
+        self.repeats = gcd(self.voxels, 64)
+
+    def of(self, x: Tensor) -> Tensor:
+        return rows(x).reshape(len(x), -1, self.repeats * x.shape[1]) if self.last else x.flatten(2)
+
+    def back(self, matrix: Tensor) -> Tensor:
+        batch, channels, *size = self.shape
+        return volume(matrix.view(batch, -1, channels), size) if self.last else matrix.view(self.shape)
+
+    def mean(self, matrix: Tensor) -> Tensor:
+        """(B, c)"""
+        if not self.last:
+            return matrix.mean(2)
+        return matrix.sum(1).view(self.shape[0], self.repeats, self.shape[1]).sum(1) / self.voxels
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, c) -> what is broadcast with the matrix."""
+        return values.repeat(1, self.repeats)[:, None] if self.last else values[:, :, None]

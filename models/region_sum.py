@@ -1,0 +1,64 @@
+"""The sum over regions at the heart of RFNet's fusion, without the maps that its formula would need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.layout import like, rows, volume
+
+
+def region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1x1 convolution of the concatenated region features p_r * sum_k w_{r,k} f_k, which never exist together.
+
+    features: f_k, P times (B, c, D, H, W); regions: p (B, R, D, H, W), without gradient; weights: w (B, R, P); matrix
+    (cout, R * c, 1, 1, 1) and bias (cout,). Gives (B, cout, D, H, W).
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weights, matrix, *features)):
+        y: Tensor = _RegionSum.apply(regions, weights, matrix, bias, *features)
+        return y
+    return _region_sum(features, regions, weights, matrix, bias)
+
+
+class _RegionSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor, *features: Tensor) -> Tensor:
+        ctx.save_for_backward(regions, weights, matrix, *features)
+        return _region_sum(features, regions, weights, matrix, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        regions, weights, matrix, *features = ctx.saved_tensors
+        f = [rows(feature) for feature in features]
+        p, g = rows(regions), rows(gradient)
+        of_features = [torch.zeros_like(t) for t in f]
+        of_weights, of_matrix = torch.empty_like(weights), []
+        for r, block in enumerate(matrix.flatten(1).chunk(p.shape[2], dim=1)):
+            masked = p[..., r : r + 1] * g
+            of_sum = torch.matmul(masked, block)
+            summed = _weighted(f, weights[:, r])
+            of_matrix.append(torch.matmul(masked.transpose(1, 2), summed).sum(0))
+            for k, feature in enumerate(f):
+                of_weights[:, r, k] = torch.linalg.vecdot(of_sum.flatten(1), feature.flatten(1))
+                of_features[k].addcmul_(of_sum, weights[:, r, k, None, None])
+        found = [like(volume(t, gradient.shape[2:]), feature) for t, feature in zip(of_features, features, strict=True)]
+        return None, of_weights, torch.cat(of_matrix, dim=1).view_as(matrix), g.sum((0, 1)), *found
+
+
+def _region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    f, p = [rows(feature) for feature in features], rows(regions)
+    total = bias
+    for r, block in enumerate(matrix.flatten(1).chunk(p.shape[2], dim=1)):
+        total = total + torch.matmul(_weighted(f, weights[:, r]), block.T) * p[..., r : r + 1]
+    return like(volume(total, regions.shape[2:]), features[0])
+
+
+def _weighted(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """sum_k w_k f_k for features (B, V, c) and weights (B, P)."""
+    summed = features[0] * weights[:, 0, None, None]
+    for k, feature in enumerate(features[1:], 1):
+        summed = torch.addcmul(summed, feature, weights[:, k, None, None])
+    return summed

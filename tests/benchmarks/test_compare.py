@@ -1,0 +1,31 @@
+"""The benchmarks run and say what they measured; how fast anything is, is no test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMPARE = Path(__file__).parents[2] / "benchmarks" / "compare.py"
+
+
+@pytest.mark.slow
+def test_ours_and_the_baseline_are_measured_side_by_side(tmp_path):
+    out = tmp_path / "bench.json"
+    small = ["--backbone", "rfnet", "--present", "1", "--crop", "32", "--box", "80", "--steps", "2", "--device", "cpu"]
+    command = [sys.executable, COMPARE, *small, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert [(r["what"], r["modalities"]) for r in record["rows"]] == [("training step", 1), ("segmented box", 1)]
+    for row in record["rows"]:
+        for implementation in ("ours", "straightforward"):
+            figures = row[implementation]
+            assert figures["implementation"] == implementation
+            assert figures["present"] == ["flair"]
+            assert figures["best_warm_s"] > 0
+            assert 0.1 < figures["peak_gib"] < 16
+    ratio = record["rows"][0]["straightforward"]["best_warm_s"] / record["rows"][0]["ours"]["best_warm_s"]
+    assert f"**{ratio:.1f}**" in done.stdout
+    assert list(tmp_path.iterdir()) == [out]

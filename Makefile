@@ -40,7 +40,7 @@ demo-model: $(STAMP)
 	cp $(RUN)/run/checkpoint/card.json $(RUN)/run/checkpoint/weights.safetensors models/checkpoints/$(DEMO_MODEL)/
 	cp $(RUN)/evaluation/dice.png docs/demo-model-dice.png
 
-# Leave the machine alone meanwhile: about a quarter of an hour on two cores, 16 GB at most.
+# Leave the machine alone meanwhile: some 25 minutes on two cores, 12 GB of memory.
 bench: $(STAMP)
 	@$(PY) benchmarks/compare.py --out $(BENCH_OUT)
 

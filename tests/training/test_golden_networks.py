@@ -23,7 +23,7 @@ def tolerances(backbone: str, layout: str) -> tuple[float, float, float]:
     tests/golden/README.md says where each comes from. M2FTrans magnifies rounding: its golden figures, made channel by
     channel, are up to 1.2e-4 (probabilities) and 3.3e-3 (bottleneck) away from double precision, as a value before a
     LeakyReLU lies within rounding of 0. Whoever does not round as they did needs that much more;
-    `test_m2ftrans_is_nearer_to_double_precision` holds channels last to less.
+    `test_m2ftrans_is_near_double_precision...` shows it, and holds channels last to less.
     """
     if backbone != "m2ftrans":
         return 5e-5, *[{"mmformer": 1e-3, "rfnet": 5e-3}[backbone]] * 2
@@ -121,8 +121,11 @@ def test_both_layouts_compute_the_same(backbone):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["m2ftrans_32_11", "m2ftrans_32_12"])
-def test_m2ftrans_is_nearer_to_double_precision(name):
+@pytest.mark.parametrize(
+    ("name", "golden_probability", "golden_gradient"),
+    [("m2ftrans_32_11", 1.2e-4, 4.2e-4), ("m2ftrans_32_12", 5.6e-5, 3.3e-3)],
+)
+def test_m2ftrans_is_near_double_precision_which_the_golden_figures_are_not(name, golden_probability, golden_gradient):
     case = load_case(name)
     task = Task.load("glioma").model_copy(update={"patch_size": (32, 32, 32)})
     probabilities, norms = {}, {}
@@ -133,9 +136,16 @@ def test_m2ftrans_is_nearer_to_double_precision(name):
         x = case.x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
         got = terms(network, x, case.labels, case.masks, classes=4)
         got.passion(*(torch.tensor(case.figures[key], dtype=dtype) for key in ("beta", "modal_weight"))).backward()
-        probabilities[dtype] = [sample.teacher.logits.detach().softmax(1).double() for sample in got.samples]
+        probabilities[dtype] = torch.cat([sample.teacher.logits.detach().softmax(1).double() for sample in got.samples])
         norms[dtype] = {k: p.grad.norm().item() for k, p in network.named_parameters() if in_bottleneck(k)}
-    for single, double in zip(*probabilities.values(), strict=True):
-        torch.testing.assert_close(single, double, rtol=0, atol=1.5e-4)
-    for key, norm in norms[torch.float64].items():
-        assert norms[torch.float32][key] == pytest.approx(norm, rel=1.5e-3, abs=1.5e-6), key
+
+    def off(those):
+        """Largest relative difference of a gradient norm from double precision, as `tolerances` counts it."""
+        return max(abs(those[key] - norm) / max(norm, 1e-3) for key, norm in norms[torch.float64].items())
+
+    s = case.stride
+    double = probabilities[torch.float64]
+    assert np.abs(case.prob - double[:, :, ::s, ::s, ::s].numpy()).max() == pytest.approx(golden_probability, rel=0.1)
+    assert off(case.figures["grad_norm"]) == pytest.approx(golden_gradient, rel=0.1)
+    torch.testing.assert_close(probabilities[torch.float32].double(), double, rtol=0, atol=1.5e-4)
+    assert off(norms[torch.float32]) < 1.5e-3

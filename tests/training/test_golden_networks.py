@@ -25,8 +25,10 @@ def tolerances(backbone: str, layout: str) -> tuple[float, float, float]:
     LeakyReLU lies within rounding of 0. Whoever does not round as they did needs that much more;
     `test_m2ftrans_is_near_double_precision...` shows it, and holds channels last to less.
     """
-    if backbone != "m2ftrans":
-        return 5e-5, *[{"mmformer": 1e-3, "rfnet": 5e-3}[backbone]] * 2
+    if backbone == "mmformer":
+        return 5e-5, 1e-3, 1e-3
+    if backbone == "rfnet":  # the gradients of its region weights are what large sums leave, 1e-3, with their rounding
+        return (5e-5, *[5e-3 if layout == "by channel" else 1e-2] * 2)
     return (5e-5, 1e-3, 5e-2) if layout == "by channel" else (2.5e-4, 5e-3, 5e-2)
 
 
@@ -34,6 +36,7 @@ def in_bottleneck(key: str) -> bool:
     return key.startswith("Bottleneck.") or key in {"pos", "fusion"}
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "name",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,16 @@ class ConvNormAct(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(cin, cout, kernel, stride)
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride)."""
+    def forward(self, *parts: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride).
+
+        `prepare` as in `convolve`; only a 3x3x3 convolution takes it.
+        """
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
         if weight.shape[-1] == 1:
             return norm_act(pointwise(parts, weight, bias))
-        return norm_act(convolve(parts, weight, bias, self.conv.stride[0]))
+        return norm_act(convolve(parts, weight, bias, self.conv.stride[0], prepare=prepare))
 
 
 class MaskedPointwise(nn.Module):
@@ -103,7 +106,7 @@ class SeparateDecoder(nn.Module):
         """Raw encoder features, finest first -> logits (B, C, D, H, W)."""
         x = features[-1]
         for level in range(self.levels - 1, 0, -1):
-            u = self.get_submodule(f"d{level}_c1")(upsample(x))
+            u = self.get_submodule(f"d{level}_c1")(x, prepare=upsample)
             x = self.get_submodule(f"d{level}_c2")(u, features[level - 1])
             x = self.get_submodule(f"d{level}_out")(x)
         return logits(self.seg_layer, x)

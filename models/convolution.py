@@ -5,7 +5,7 @@ They take the concatenation of several volumes without its being made: `parts`, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,16 +20,22 @@ Border = Literal["reflect", "zero"]
 
 
 def convolve(
-    parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int = 1, border: Border = "reflect"
+    parts: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    border: Border = "reflect",
+    prepare: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """3x3x3 convolution of the concatenation of `parts`, each (B, c_i, D, H, W), padded by one voxel on every side.
 
-    Gives (B, cout, D/stride, H/stride, W/stride).
+    Gives (B, cout, D/stride, H/stride, W/stride). With `prepare`, a function without weights, it convolves what that
+    makes of each part; the backward pass keeps the part and prepares it again, which pays for upsampling.
     """
     if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in parts)):
-        y: Tensor = _Convolve.apply(weight, bias, stride, border, *parts)
+        y: Tensor = _Convolve.apply(weight, bias, stride, border, prepare, *parts)
         return y
-    return _convolve(_padded(parts, border), weight, bias, stride)
+    return _convolve(_padded([prepare(p) for p in parts] if prepare else parts, border), weight, bias, stride)
 
 
 def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -52,20 +58,41 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, stride: int, border: Border, *parts: Tensor) -> Tensor:
-        ctx.stride, ctx.border = stride, border
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        stride: int,
+        border: Border,
+        prepare: Callable[[Tensor], Tensor] | None,
+        *parts: Tensor,
+    ) -> Tensor:
+        ctx.stride, ctx.border, ctx.prepare = stride, border, prepare
         ctx.save_for_backward(weight, *parts)
-        return _convolve(_padded(parts, border), weight, bias, stride)
+        prepared = [prepare(part) for part in parts] if prepare else parts
+        return _convolve(_padded(prepared, border), weight, bias, stride)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         weight, *parts = ctx.saved_tensors
-        needs_parts = any(ctx.needs_input_grad[4:])
-        padded = _padded(parts, ctx.border)
-        gradient = like(gradient, padded)
-        of_padded, of_weight, of_bias = _convolve_backward(gradient, padded, weight, ctx.stride, needs_parts)
-        of_parts = _unpadded(of_padded, parts, ctx.border) if needs_parts else [None] * len(parts)
-        return of_weight, of_bias, None, None, *of_parts
+        needs_parts = any(ctx.needs_input_grad[5:])
+        prepared = parts
+        if ctx.prepare:
+            parts = [part.detach().requires_grad_(needs_parts) for part in parts]
+            with torch.set_grad_enabled(needs_parts):
+                prepared = [ctx.prepare(part) for part in parts]
+        with torch.no_grad():
+            padded = _padded(prepared, ctx.border)
+            gradient = like(gradient, padded)
+            of_padded, of_weight, of_bias = _convolve_backward(gradient, padded, weight, ctx.stride, needs_parts)
+            del padded
+            of_parts: list[Any] = [None] * len(parts)
+            if needs_parts:
+                of_parts = list(_unpadded(of_padded, prepared, ctx.border))
+            del of_padded
+        if ctx.prepare and needs_parts:
+            of_parts = list(torch.autograd.grad(prepared, parts, of_parts))
+        return of_weight, of_bias, None, None, None, *of_parts
 
 
 def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:

@@ -27,6 +27,7 @@ from training.loader import Batch, Subjects, batches
 from training.methods import build_method
 from training.missingness import MissingnessTable
 from training.passion.objective import Terms, terms
+from training.passion.staged import staged
 from training.run_log import RunLog
 from training.run_state import RunState
 from training.schedule import polynomial
@@ -117,23 +118,21 @@ class Trainer:
         labels = batch.labels.to(self.device, non_blocking=True)
         warm_up = self.state.epoch < self.config.warmup_epochs
         method = self.state.method
-        losses = terms(
-            self.network,
-            x,
-            labels,
-            batch.masks,
-            len(self.task.labels),
-            present=batch.present,
-            distil=method.distils and not warm_up,
-        )
-        total = losses.warm_up(self.modal_weight) if warm_up else method.total(losses, self.modal_weight)
+        arguments = (self.network, x, labels, batch.masks, len(self.task.labels))
+        weigh = None if warm_up else method.weigher(self.modal_weight)
         self.optimiser.zero_grad()
+        if weigh:
+            losses = staged(*arguments, weigh, present=batch.present, distil=method.distils)
+            total = method.total(losses, self.modal_weight)
+        else:
+            losses = terms(*arguments, present=batch.present, distil=method.distils and not warm_up)
+            total = losses.warm_up(self.modal_weight) if warm_up else method.total(losses, self.modal_weight)
+            total.backward()
         if not torch.isfinite(total):
             raise UserError(
                 f"the loss is {total.item()} in epoch {self.state.epoch}, step {self.state.step}: "
                 f"lower learning_rate; the checkpoint of the last epoch is in {self.folder}"
             )
-        total.backward()
         for parameter in self.network.parameters():
             if parameter.grad is None:
                 # As released: weights that a subject does not touch have gradient 0, and AdamW still moves them.

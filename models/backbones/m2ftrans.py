@@ -22,6 +22,7 @@ from models.blocks import (
     upsample,
 )
 from models.convolution import pointwise
+from models.recompute import recomputed
 from models.task import Task
 from models.transformer import MLP, PreNorm, Residual, attention_weights
 
@@ -96,8 +97,8 @@ class MaskedTransformer(nn.Module):
         """(B, P + 1, T, D) -> the same, and the fusion tokens' weights of the first layer."""
         of_layers = []
         for attention, mlp in zip(self.cross_attention_list, self.cross_ffn_list, strict=True):
-            x, weights = attention(x)
-            x = mlp(x)
+            x, weights = recomputed(attention, x)
+            x = recomputed(mlp, x)
             of_layers.append(weights)
         return x, of_layers[0]
 
@@ -220,7 +221,7 @@ class Refinement(nn.Module):
     def forward(self, query: Tensor, present: Tensor, mask: Mask) -> Tensor:
         """query (B, c, d, h, w), present (B, P, c, d, h, w) -> (B, c, d, h, w)."""
         for layer in self.layers:
-            query, present = layer(query, present, mask)
+            query, present = recomputed(layer, query, present, mask)
         return query
 
 
@@ -281,7 +282,7 @@ class FusedDecoder(nn.Module):
         x = fusion
         deep: list[Tensor] = []
         for level in range(LEVELS, 0, -1):
-            u = x if level == LEVELS else self.get_submodule(f"d{level}_c1")(upsample(x))
+            u = x if level == LEVELS else self.get_submodule(f"d{level}_c1")(x, prepare=upsample)
             deep.insert(0, self.get_submodule(f"prm_fusion{level}")(u))
             if level > LEVELS - REFINED_LEVELS:
                 fused = self.get_submodule(f"CT{level}")(u, gated[level - 1], mask)

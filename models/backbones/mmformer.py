@@ -6,7 +6,7 @@ a convolution is called, so that what several convolutions read is normalised on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -17,6 +17,7 @@ from models.blocks import initialise, logits, present_columns, separate_each, up
 from models.convolution import convolve, pointwise
 from models.layout import channel
 from models.normalisation import norm_act
+from models.recompute import recomputed
 from models.task import Task
 from models.transformer import Transformer
 
@@ -36,13 +37,16 @@ class Conv(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(cin, cout, kernel, stride)
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride)."""
+    def forward(self, *parts: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride).
+
+        `prepare` as in `convolve`; only a 3x3x3 convolution takes it.
+        """
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
         if weight.shape[-1] == 1:
             return pointwise(parts, weight, bias)
-        return convolve(parts, weight, bias, self.conv.stride[0])
+        return convolve(parts, weight, bias, self.conv.stride[0], prepare=prepare)
 
 
 class ZeroPaddedConv(nn.Module):
@@ -107,6 +111,11 @@ class Encoder(nn.Module):
         return [*features[:-1], deepest]
 
 
+def upsampled(x: Tensor) -> Tensor:
+    """Twice the size, normalised and activated."""
+    return norm_act(upsample(x))
+
+
 class Fusion(nn.Module):
     """Fuses the features of one level by convolution."""
 
@@ -153,7 +162,7 @@ class FusedDecoder(nn.Module):
         deep: list[Tensor] = []
         for level in range(LEVELS - 1, 0, -1):
             deep.insert(0, logits(self.get_submodule(f"seg_d{level}"), x))
-            u = self.get_submodule(f"d{level}_c1")(norm_act(upsample(x)))
+            u = self.get_submodule(f"d{level}_c1")(x, prepare=upsampled)
             fused = self.get_submodule(f"RFM{level}")(chosen(features[level - 1], mask))
             x = self.get_submodule(f"d{level}_c2")(norm_act(fused), norm_act(u))
             x = self.get_submodule(f"d{level}_out")(norm_act(x))
@@ -171,7 +180,7 @@ class SeparateDecoder(nn.Module):
         """What `Encoder` gives -> logits (B, C, D, H, W)."""
         x = features[-1]
         for level in range(LEVELS - 1, 0, -1):
-            u = self.get_submodule(f"d{level}_c1")(norm_act(upsample(x)))
+            u = self.get_submodule(f"d{level}_c1")(x, prepare=upsampled)
             x = self.get_submodule(f"d{level}_c2")(norm_act(u), features[level - 1])
             x = self.get_submodule(f"d{level}_out")(norm_act(x))
         return logits(self.get_submodule("seg_layer"), x)
@@ -246,7 +255,7 @@ class MMFormer(nn.Module):
         """A modality's deepest feature (B, c, d, h, w) -> its tokens, as a volume (B, 512, d, h, w)."""
         volume = self._project(f"{name}_encode_conv", deepest)
         placed = tokens_of(volume) + self.get_parameter(f"{name}_pos")
-        tokens: Tensor = self.get_submodule(f"{name}_transformer")(placed)
+        tokens: Tensor = recomputed(self.get_submodule(f"{name}_transformer"), placed)
         return tokens.transpose(1, 2).view_as(volume)
 
     def _inter_modal(self, intra: Mapping[int, Tensor]) -> Tensor:
@@ -260,7 +269,7 @@ class MMFormer(nn.Module):
         positions = torch.cat([self.get_parameter(f"{name}_pos") for name in self.modalities], dim=1)
         columns = range(len(self.modalities))
         tokens = torch.cat([tokens_of(intra[k]) if k in intra else torch.zeros_like(like) for k in columns], dim=1)
-        sequence = self.multimodal_transformer(tokens + positions)
+        sequence: Tensor = recomputed(self.multimodal_transformer, tokens + positions)
         volume = sequence.reshape(len(like), like.shape[1], -1).transpose(1, 2).unflatten(2, self.grid)
         return self._project("multimodal_decode_conv", volume)
 

@@ -152,7 +152,7 @@ class FusedDecoder(nn.Module):
         x: Sequence[Tensor] = []  # in parts along the channels
         deep: list[Tensor] = []
         for level in range(LEVELS, 0, -1):
-            u = self.get_submodule(f"d{level}_c1")(*map(upsample, x)) if x else None
+            u = self.get_submodule(f"d{level}_c1")(*x, prepare=upsample) if x else None
             of_mask = [f for f, there in zip(features[level - 1], mask, strict=True) if there]
             present = [f for f in of_mask if f is not None]
             of_level = self.get_submodule(f"prm_generator{level}")(present, u, mask)

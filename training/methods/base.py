@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from training.passion.objective import Terms
+from training.passion.staged import Weigh
 
 
 class Method(Protocol):
@@ -18,6 +19,10 @@ class Method(Protocol):
 
     def total(self, losses: Terms, weight: Tensor) -> Tensor:
         """The loss of a batch, a scalar; `weight` (K,) is N / N_k. Notes what the end of the epoch needs."""
+
+    def weigher(self, weight: Tensor) -> Weigh | None:
+        """If the total is a sum of the losses: how to tell their weights from a batch's distances, which lets a step
+        run its backward pass in stages. None if it is more than that; its graph is then needed as a whole."""
 
     def after_backward(self, network: nn.Module) -> None:
         """May change gradients. Encoders are the submodules `<modality>_encoder` of every backbone."""

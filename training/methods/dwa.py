@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from training.methods.epoch_means import EpochMeans
-from training.passion.objective import Terms
+from training.passion.objective import Coefficients, Terms
+from training.passion.staged import Weigh
 
 TEMPERATURE = 2.0
 
@@ -47,6 +48,10 @@ class Dwa:
         self._means.add(losses.sep, losses.present)
         separate = self.weights.to(losses.sep) * losses.sep.sum(0)
         return losses.fuse.sum() + losses.prm.sum() + separate.sum()
+
+    def weigher(self, weight: Tensor) -> Weigh:
+        """See `Method.weigher`."""
+        return lambda _dist, _mask: Coefficients.separate(self.weights.to(weight))
 
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change: lambda already weighs the losses."""

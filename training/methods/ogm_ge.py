@@ -56,6 +56,9 @@ class OgmGe:
         self._means.add(self._coefficients[None], say.any(0, keepdim=True))
         return losses.baseline()
 
+    def weigher(self, _weight: Tensor) -> None:
+        """See `Method.weigher`: the total needs what the network made of the samples."""
+
     def after_backward(self, network: nn.Module) -> None:
         """Damp the gradients of the encoders that are ahead, and add the noise."""
         for name, coefficient in zip(self.modalities, self._coefficients.tolist(), strict=True):

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.passion.objective import Switches, Terms
-from training.passion.preference import Preference
+from training.passion.objective import Coefficients, Switches, Terms
+from training.passion.preference import Preference, relative_preference
+from training.passion.staged import Weigh
 
 
 class Passion:
@@ -26,6 +27,11 @@ class Passion:
         """See `Method.total`."""
         self.preference.record(losses.dist, losses.mask)
         return losses.passion(self.preference.beta.to(weight), weight, self.switches)
+
+    def weigher(self, weight: Tensor) -> Weigh:
+        """See `Method.weigher`."""
+        beta = self.preference.beta.to(weight)
+        return lambda dist, mask: Coefficients.passion(relative_preference(dist, mask), beta, weight, self.switches)
 
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change: beta already weighs the losses."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from training.passion.objective import Terms
+from training.passion.objective import Coefficients, Terms
+from training.passion.staged import Weigh
 
 
 class Plain:
@@ -17,6 +19,10 @@ class Plain:
     def total(self, losses: Terms, _weight: Tensor) -> Tensor:
         """See `Method.total`."""
         return losses.baseline()
+
+    def weigher(self, weight: Tensor) -> Weigh:
+        """See `Method.weigher`."""
+        return lambda _dist, _mask: Coefficients.separate(torch.ones_like(weight))
 
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change."""

@@ -85,6 +85,9 @@ class Pmr:
                     total = total - ENTROPY_WEIGHT * held * reading.entropy()
         return total
 
+    def weigher(self, _weight: Tensor) -> None:
+        """See `Method.weigher`: the total needs what the network made of the samples."""
+
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change: the losses do it."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,46 +23,43 @@ class SoftTargets:
     """The teacher's tempered probabilities, detached, made once for all students: the output's, then each map's."""
 
     q: list[Tensor]
-    log_q: list[Tensor]
 
     @classmethod
     @torch.no_grad()
     def of(cls, teacher: Fused, temperature: float = TEMPERATURE) -> SoftTargets:
         """q = clamp(up(softmax(logits / T)), 0.005, 1) per map, each (C, V)."""
-        q = [p.clamp(CLAMP, 1) for p in _soft(teacher, temperature)]
-        return cls(q, [m.log() for m in q])
+        return cls([p.clamp(CLAMP, 1) for p in _soft(teacher, temperature)])
 
 
-def _soft(fused: Fused, temperature: float) -> list[Tensor]:
+def _soft(fused: Fused, temperature: float) -> Iterator[Tensor]:
     """Tempered probabilities of the output, then of each map, at full resolution, each (C, V)."""
-    maps = [probabilities(fused.logits, 1, temperature)]
+    yield probabilities(fused.logits, 1, temperature)
     for logits, factor in zip(fused.deep, factors(fused.logits, fused.deep), strict=True):
-        maps.append(probabilities(logits, factor, temperature))
-    return maps
+        yield probabilities(logits, factor, temperature)
 
 
-def pixel_wise(student: Fused, targets: SoftTargets, temperature: float = TEMPERATURE) -> Tensor:
-    """`kl`: T^2 mean_{v,c} q_t (log q_t - log q_s) of the output plus, level-weighted, of every map; a scalar."""
-    terms = []
-    for i, p in enumerate(_soft(student, temperature)):
-        kl: Tensor = _Divergence.apply(p, targets.q[i], targets.log_q[i]) * temperature**2
-        terms.append(kl if i == 0 else kl * level_weight(i - 1))
-    return torch.stack(terms).sum()
+def pixel_wise(student: Fused, targets: SoftTargets, temperature: float = TEMPERATURE) -> Iterator[Tensor]:
+    """`kl`, in parts to be added up: T^2 mean_{v,c} q_t (log q_t - log q_s) of the output, and of every map, weighted
+    by level; scalars."""
+    for i, (p, q) in enumerate(zip(_soft(student, temperature), targets.q, strict=True)):
+        kl: Tensor = _Divergence.apply(p, q) * temperature**2
+        yield kl if i == 0 else kl * level_weight(i - 1)
 
 
 class _Divergence(torch.autograd.Function):
     """mean of q (log q - log clamp(p, 0.005, 1)), which keeps p and q alone for the gradient of p."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
+    def forward(ctx: Any, p: Tensor, q: Tensor) -> Tensor:
         ctx.save_for_backward(p, q)
-        return (log_q - p.clamp(CLAMP, 1).log_()).mul_(q).mean()
+        # Logarithms of q are taken anew for every student: cheaper than as much memory again.
+        return q.log().sub_(p.clamp(CLAMP, 1).log_()).mul_(q).mean()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         p, q = ctx.saved_tensors
         free = (p >= CLAMP) & (p <= 1)
-        return torch.where(free, q / p, 0.0).mul_(-gradient / p.numel()), None, None
+        return torch.where(free, q / p, 0.0).mul_(-gradient / p.numel()), None
 
 
 def similarity(feature: Tensor, truth: Truth, counted: Sequence[int]) -> Tensor:

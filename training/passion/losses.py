@@ -6,7 +6,7 @@ axis in the targets, because every sample has a mask of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +74,12 @@ def factors(logits: Tensor, deep: Sequence[Tensor]) -> list[int]:
     return [logits.shape[-1] // d.shape[-1] for d in deep]
 
 
-def deep_supervision(logits: Tensor, deep: Sequence[Tensor], truth: Truth) -> Tensor:
-    """`prm`: the supervised loss of every deep supervision map, weighted by level; a scalar."""
-    terms = [
-        level_weight(level) * supervised(probabilities(d, factor), truth)
-        for level, (d, factor) in enumerate(zip(deep, factors(logits, deep), strict=True))
-    ]
-    return torch.stack(terms).sum()
+def deep_supervision(logits: Tensor, deep: Sequence[Tensor], truth: Truth) -> Iterator[Tensor]:
+    """`prm`, in parts to be added up: the supervised loss of every deep supervision map, weighted by level; scalars."""
+    for level, (d, factor) in enumerate(zip(deep, factors(logits, deep), strict=True)):
+        yield level_weight(level) * supervised(probabilities(d, factor), truth)
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Scalars added up."""
+    return torch.stack(list(parts)).sum()

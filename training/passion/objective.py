@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.backbone import Backbone, Features, Fused, Mask
 from training.passion.distillation import SoftTargets, pixel_wise, semantic_wise, similarity
-from training.passion.losses import Truth, deep_supervision, probabilities, supervised
+from training.passion.losses import Truth, deep_supervision, probabilities, supervised, total
 from training.passion.preference import relative_preference
 
 KL_WEIGHT = 0.5
@@ -32,6 +32,34 @@ class Switches:
 
 
 EVERYTHING = Switches()
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The weights (K,) of a batch's losses of each modality, in a total where fuse and prm have 1."""
+
+    sep: Tensor
+    kl: Tensor
+    proto: Tensor
+
+    @classmethod
+    def passion(
+        cls, preference: Tensor, beta: Tensor, modal_weight: Tensor, switches: Switches = EVERYTHING
+    ) -> Coefficients:
+        """From the batch's relative preference (K,), beta (K,) and w = N / N_k (K,): modalities that lag have sep and
+        proto."""
+        lag = (preference > 0).to(beta.dtype) if switches.task_wise else torch.ones_like(beta)
+        weight = beta * modal_weight if switches.gradient_wise else modal_weight
+        return cls(
+            sep=lag * weight,
+            kl=KL_WEIGHT * weight * switches.pixel,
+            proto=PROTO_WEIGHT * lag * modal_weight * switches.semantic,
+        )
+
+    @classmethod
+    def separate(cls, weight: Tensor) -> Coefficients:
+        """The backbone's own total, with weights (K,) of the separate losses; no distillation."""
+        return cls(sep=weight, kl=torch.zeros_like(weight), proto=torch.zeros_like(weight))
 
 
 @dataclass(frozen=True)
@@ -78,16 +106,14 @@ class Terms:
         """The backbone's own loss, without PASSION: fuse + prm + sum_k sep_k."""
         return self.fuse.sum() + self.prm.sum() + self.sep.sum()
 
-    def passion(self, beta: Tensor, modal_weight: Tensor, switches: Switches = EVERYTHING) -> Tensor:
-        """The total with beta (K,) and w = N / N_k (K,); only modalities that lag in this batch get sep and proto."""
-        lag = (self.preference() > 0).to(beta.dtype) if switches.task_wise else torch.ones_like(beta)
-        weight = beta * modal_weight if switches.gradient_wise else modal_weight
-        per_modality = lag * weight * self.sep.sum(0)
-        if switches.pixel:
-            per_modality = per_modality + KL_WEIGHT * weight * self.kl.sum(0)
-        if switches.semantic:
-            per_modality = per_modality + PROTO_WEIGHT * lag * modal_weight * self.proto.sum(0)
+    def weighted(self, weights: Coefficients) -> Tensor:
+        """The total: fuse + prm + sum_k (weighted sep_k, kl_k and proto_k), summed over the batch; a scalar."""
+        per_modality = weights.sep * self.sep.sum(0) + weights.kl * self.kl.sum(0) + weights.proto * self.proto.sum(0)
         return self.fuse.sum() + self.prm.sum() + per_modality.sum()
+
+    def passion(self, beta: Tensor, modal_weight: Tensor, switches: Switches = EVERYTHING) -> Tensor:
+        """The total with beta (K,) and w = N / N_k (K,); see `Coefficients.passion`."""
+        return self.weighted(Coefficients.passion(self.preference(), beta, modal_weight, switches))
 
     def warm_up(self, modal_weight: Tensor) -> Tensor:
         """Only the separate paths: sum_k beta_k w_k sep_k, where beta is still 1."""
@@ -119,12 +145,10 @@ def terms(
     columns = len(masks[0])
     fuse, prm, sep = [], [], []
     kl, proto, dist = ([[zero] * columns for _ in samples] for _ in range(3))
-    counts = torch.stack([s.truth.counts for s in samples])
-    # Prototypes exist for the classes that every sample of the batch has.
-    counted = torch.nonzero((counts > 0).all(0)).flatten().tolist()
+    counted = in_all([s.truth for s in samples])
     for b, sample in enumerate(samples):
         fuse.append(supervised(probabilities(sample.teacher.logits), sample.truth))
-        prm.append(deep_supervision(sample.teacher.logits, sample.teacher.deep, sample.truth))
+        prm.append(total(deep_supervision(sample.teacher.logits, sample.teacher.deep, sample.truth)))
         sep.append(torch.stack([zero if p is None else supervised(p, sample.truth) for p in sample.alone]))
         if distil:
             kl[b], proto[b], dist[b] = _distil(network, sample, counted, zero)
@@ -132,9 +156,9 @@ def terms(
         fuse=torch.stack(fuse),
         prm=torch.stack(prm),
         sep=torch.stack(sep),
-        kl=_matrix(kl),
-        proto=_matrix(proto),
-        dist=_matrix(dist),
+        kl=matrix(kl),
+        proto=matrix(proto),
+        dist=matrix(dist),
         mask=torch.tensor([s.mask for s in samples], device=x.device),
         present=torch.tensor([list(p) for p in present], device=x.device),
         samples=samples,
@@ -148,8 +172,16 @@ def _run(network: Backbone, x: Tensor, truth: Truth, mask: tuple[bool, ...], pre
     return Sample(mask, truth, features, teacher, alone)
 
 
-def _matrix(rows: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.stack(row) for row in rows])
+def in_all(truths: Sequence[Truth]) -> list[int]:
+    """The classes that every sample of the batch has: only these have prototypes."""
+    counts = torch.stack([truth.counts for truth in truths])
+    classes: list[int] = torch.nonzero((counts > 0).all(0)).flatten().tolist()
+    return classes
+
+
+def matrix(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Scalars by sample and modality -> (B, K)."""
+    return torch.stack([torch.stack(list(row)) for row in rows])
 
 
 def _distil(
@@ -164,9 +196,9 @@ def _distil(
             continue
         if sum(sample.mask) == 1:
             # Its own teacher: every value is 0, but the clamp leaves the pixel-wise term a gradient, as released.
-            kl[k] = pixel_wise(sample.teacher, targets)
+            kl[k] = total(pixel_wise(sample.teacher, targets))
             continue
         student = network.fuse(sample.features, [i == k for i in range(len(sample.mask))])
-        kl[k] = pixel_wise(student, targets)
+        kl[k] = total(pixel_wise(student, targets))
         proto[k], dist[k] = semantic_wise(similarity(student.feature, sample.truth, counted), teacher_map)
     return kl, proto, dist

@@ -1,0 +1,97 @@
+"""The backward pass in stages against autograd's on the whole graph, in double precision."""
+
+import pytest
+import torch
+
+from models.backbones import BACKBONES, build
+from models.task import Task
+from training.footprint import Ledger, Patch
+from training.methods import METHODS, build_method
+from training.passion.objective import Coefficients, terms
+from training.passion.staged import staged
+
+MASKS = [(True, False, True, True), (False, True, False, False), (True, True, False, False)]
+"""Of a batch: three modalities, one that is its own teacher, two."""
+ALL = [(True,) * 4] * 3
+MODAL_WEIGHT = torch.tensor([1.5, 4.0, 1.0, 2.0], dtype=torch.float64)
+LOSSES = ("fuse", "prm", "sep", "kl", "proto", "dist", "mask", "present")
+
+
+def made(backbone):
+    side = 16 if backbone in {"rfnet", "unet"} else 32  # the smallest
+    torch.manual_seed(3)
+    task = Task.load("glioma").model_copy(update={"patch_size": (side, side, side)})
+    network = build(backbone, task, width=8).double().train()
+    x = torch.randn(3, 4, side, side, side, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    labels = (torch.rand(3, side, side, side) * 4).to(torch.uint8)
+    labels[0][labels[0] == 2] = 1  # one sample lacks a class, so none of the batch has a prototype of it
+    return network, x, labels
+
+
+def gradients(network):
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    return found
+
+
+def assert_equal(one, other):
+    """Gradients by name; one that one of them lacks must be 0 in the other."""
+    for name in one | other:
+        a, b = (g.get(name) for g in (one, other))
+        zero = torch.zeros_like(a if a is not None else b)
+        torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("present", [None, ALL], ids=["what is fused", "all modalities"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_losses_and_gradients_are_those_of_the_whole_graph(backbone, present, monkeypatch):
+    for module in ("mmformer", "m2ftrans"):  # both draw, in another order
+        monkeypatch.setattr(f"models.backbones.{module}.DROPOUT", 0.0)
+    network, x, labels = made(backbone)
+    method = build_method("passion", list("abcd"), 4)
+    method.preference.beta = torch.tensor([0.5, 1.5, 1.0, 0.7])
+
+    whole = terms(network, x, labels, MASKS, 4, present=present)
+    method.total(whole, MODAL_WEIGHT).backward()
+    wanted = gradients(network)
+    found = staged(network, x, labels, MASKS, 4, method.weigher(MODAL_WEIGHT), present=present)
+    got = gradients(network)
+
+    for name in LOSSES:
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name).detach(), rtol=1e-10, atol=1e-13)
+    lagging = whole.preference() > 0
+    assert lagging.any()
+    assert not lagging.all()
+    assert_equal(got, wanted)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if build_method(name, "abcd", 4).weigher(MODAL_WEIGHT)])
+def test_every_method_that_weighs_losses_gives_its_total_s_gradients(method):
+    network, x, labels = made("unet")
+    rule = build_method(method, list("abcd"), 4)
+
+    whole = terms(network, x, labels, MASKS, 4, distil=rule.distils)
+    total = rule.total(whole, MODAL_WEIGHT)
+    total.backward()
+    wanted = gradients(network)
+    found = staged(network, x, labels, MASKS, 4, rule.weigher(MODAL_WEIGHT), distil=rule.distils)
+
+    assert_equal(gradients(network), wanted)
+    assert rule.total(found, MODAL_WEIGHT).item() == pytest.approx(total.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_step_holds_three_quarters_of_what_the_whole_graph_does_or_less(backbone):
+    patch = Patch(backbone, Task.load("glioma"), 8, "meta")  # shapes without data
+    ones = torch.ones(4, device="meta")
+    arguments = (patch.network, patch.x, patch.labels, MASKS[:1], 4)
+    peaks = []
+    for run in (
+        lambda: terms(*arguments).weighted(Coefficients(ones, ones, ones)).backward(),
+        lambda: patch.step(MASKS[0]),
+    ):
+        with Ledger(patch.network.parameters(), [patch.x, patch.labels]) as ledger:
+            run()
+        peaks.append(ledger.peak)
+        patch.network.zero_grad()
+    assert peaks[1] < 0.75 * peaks[0]

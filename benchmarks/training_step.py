@@ -23,6 +23,7 @@ from models.task import Task
 from training.device import choose_device, device_name
 from training.footprint import Patch, peak_memory
 from training.methods import METHODS, build_method
+from training.methods.base import settle
 from training.passion.objective import terms
 
 GIB = 2**30
@@ -106,6 +107,7 @@ def ours(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], devi
 
     def total() -> Tensor:
         losses = terms(patch.network, patch.x, patch.labels, [mask], patch.classes, distil=method.distils)
+        settle(method, losses)
         return method.total(losses, patch.ones)
 
     return patch.network, total, lambda: method.after_backward(patch.network)

@@ -13,6 +13,15 @@ class Plain:
     """fuse + prm + sum_k sep_k. The baseline of every comparison."""
 
     distils = False
+    sums = 0
+    waits = False
+
+    def give(self, _losses: Terms, _number: int) -> Tensor:
+        """Never asked: there are no sums."""
+        raise NotImplementedError
+
+    def take(self, _whole: Tensor, _number: int) -> None:
+        """Nothing to take."""
 
     def total(self, losses: Terms, _weight: Tensor) -> Tensor:
         """See `Method.total`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,23 @@ class Terms:
     """(B, K) bool: the modalities with a `sep`; under `pdt` all, whatever the fused path is given."""
     samples: list[Sample]
 
+    @classmethod
+    def empty(cls, modalities: int, device: torch.device) -> Terms:
+        """Of no sample at all."""
+        scalar, row = torch.zeros(0, device=device), torch.zeros(0, modalities, device=device)
+        return cls(scalar, scalar, row, row, row, row, row.bool(), row.bool(), [])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Terms]) -> Terms:
+        """The batches of one step as one batch."""
+        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls) if f.name != "samples"}
+        return cls(**tensors, samples=[s for p in parts for s in p.samples])
+
+    def figures(self) -> Terms:
+        """The numbers alone, without gradient and samples, which hold much of the step's memory."""
+        tensors = {f.name: getattr(self, f.name).detach() for f in fields(self) if f.name != "samples"}
+        return replace(self, **tensors, samples=[])
+
     def preference(self) -> Tensor:
         """Relative preference (K,); positive for the modalities that lag."""
         return relative_preference(self.dist, self.mask)
@@ -78,9 +95,19 @@ class Terms:
         """The backbone's own loss, without PASSION: fuse + prm + sum_k sep_k."""
         return self.fuse.sum() + self.prm.sum() + self.sep.sum()
 
-    def passion(self, beta: Tensor, modal_weight: Tensor, switches: Switches = EVERYTHING) -> Tensor:
-        """The total with beta (K,) and w = N / N_k (K,); only modalities that lag in this batch get sep and proto."""
-        lag = (self.preference() > 0).to(beta.dtype) if switches.task_wise else torch.ones_like(beta)
+    def passion(
+        self,
+        beta: Tensor,
+        modal_weight: Tensor,
+        switches: Switches = EVERYTHING,
+        preference: Tensor | None = None,
+    ) -> Tensor:
+        """The total with beta (K,) and w = N / N_k (K,); only modalities that lag get sep and proto.
+
+        They lag in this batch, or by the `preference` (K,) of the whole step where the batch is part of one.
+        """
+        preference = self.preference() if preference is None else preference
+        lag = (preference > 0).to(beta) if switches.task_wise else torch.ones_like(beta)
         weight = beta * modal_weight if switches.gradient_wise else modal_weight
         per_modality = lag * weight * self.sep.sum(0)
         if switches.pixel:
@@ -103,11 +130,14 @@ def terms(
     *,
     present: Sequence[Mask] | None = None,
     distil: bool = True,
+    counted: Sequence[int] | None = None,
 ) -> Terms:
     """All losses of a batch x (B, K, D, H, W), class indices labels (B, D, H, W), one mask per sample.
 
     `present` is what the separate decoder learns from, by sample: `masks` if not given, and never less. Without
-    `distil` (the baseline) no student runs: kl, proto and dist are 0. Samples run one by one: masks differ, and
+    `distil` (the baseline) no student runs: kl, proto and dist are 0. `counted` are the
+    classes with prototypes, those that every sample of x has if not given: other ranks, or other batches of the step,
+    may lack one. Samples run one by one: masks differ, and
     InstanceNorm makes a sample's result independent of its batch.
     """
     present = masks if present is None else present
@@ -119,9 +149,9 @@ def terms(
     columns = len(masks[0])
     fuse, prm, sep = [], [], []
     kl, proto, dist = ([[zero] * columns for _ in samples] for _ in range(3))
-    counts = torch.stack([s.truth.counts for s in samples])
-    # Prototypes exist for the classes that every sample of the batch has.
-    counted = torch.nonzero((counts > 0).all(0)).flatten().tolist()
+    if counted is None:
+        counts = torch.stack([s.truth.counts for s in samples])
+        counted = torch.nonzero((counts > 0).all(0)).flatten().tolist()
     for b, sample in enumerate(samples):
         fuse.append(supervised(probabilities(sample.teacher.logits), sample.truth))
         prm.append(deep_supervision(sample.teacher.logits, sample.teacher.deep, sample.truth))
@@ -153,7 +183,7 @@ def _matrix(rows: list[list[Tensor]]) -> Tensor:
 
 
 def _distil(
-    network: Backbone, sample: Sample, counted: list[int], zero: Tensor
+    network: Backbone, sample: Sample, counted: Sequence[int], zero: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     targets = SoftTargets.of(sample.teacher)
     with torch.no_grad():

@@ -172,7 +172,7 @@ def _from_environment() -> Ranks:
     absent = [name for name in ENVIRONMENT if name not in there]
     if absent:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(absent)} is not set: start with torchrun "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(absent)} not set: start with torchrun "
             "(docs/ranks.md), or unset WORLD_SIZE to train in one process"
         )
     try:

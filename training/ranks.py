@@ -146,9 +146,8 @@ def join(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         _tell_once(
             ranks,
             UserError(
-                f"rank {ranks.rank} of {ranks.world}: another process of this run has ended or does not answer; "
-                "the checkpoint of the last epoch is whole: mend what its message or torchrun's says, and start again "
-                "with --resume"
+                f"rank {ranks.rank} of {ranks.world}: another process of this run has ended or does not answer: "
+                "mend what it or torchrun says and start again with --resume, which goes on after the last epoch saved"
             ),
         )
 

@@ -224,7 +224,7 @@ def test_a_run_that_lost_a_rank_resumes_exactly(three_subjects, straight, tmp_pa
     path = write(tmp_path / "run.yaml", three_subjects, **LONG)
     out = path.with_suffix("")
     with torchrun(*TRAIN, path) as process:
-        wait_for_epochs(process, out, 1)
+        wait_for_epochs(process, out, 2)  # the first is saved then, and the second perhaps about to be
         killed, left = (ranks_of(process)[r] for r in (rank, 1 - rank))
         killed.kill()
         output = finish(process, timeout=60)

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/subjects.py --out subjects-2.json
 
 Every number of subjects trains on as many samples, several times in turn, so that a machine that slows down meanwhile
-slows all down. All subjects have all modalities: samples cost the same. Prints a table, and writes every figure as JSON.
+slows all down. All subjects have all modalities: samples cost the same. Prints a table, and writes all figures as JSON.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them: 2 x batch 1 is batch 2, and no end of a process is the end of the run."""
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from models.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.errors import UserError
+from training.loader import batches
 from training.passion.objective import Terms
 from training.ranks import ENVIRONMENT, Ranks, join
 from training.trainer import Trainer
@@ -174,24 +176,31 @@ def test_two_accumulated_batches_are_one_of_two(three_subjects, batch_of_two, tm
 
 
 @pytest.mark.slow
-def test_two_processes_with_one_subject_each_are_a_batch_of_two(three_subjects, batch_of_two, tmp_path):
+def test_two_processes_with_one_subject_each_are_a_batch_of_two(three_subjects, small_data, batch_of_two, tmp_path):
     paths = [write(tmp_path / f"{method}.yaml", three_subjects, **slow_learner(method)) for method in METHODS]
+    # One step an epoch, in which both ranks accumulate, or one alone does.
+    accumulated = {"both": small_data, "one": three_subjects}
+    for name, data in accumulated.items():
+        paths.append(write(tmp_path / f"{name}.yaml", data, **slow_learner("passion", accumulate=2)))
+        values = settings(data, tmp_path / f"{name}-batch", **slow_learner("passion", batch_size=4))
+        assert Trainer(TrainConfig.model_validate(values)).run()
     with torchrun(RUNS, *paths) as process:
         output = finish(process)
     assert process.returncode == 0, output
     for method in METHODS:
         # OGM-GE's noise is drawn alike on all ranks, and so not from the generator that one process draws from.
         assert_close_runs(tmp_path / method, batch_of_two / method, gradients=method != "ogm-ge")
+    for name in accumulated:
+        assert_close_runs(tmp_path / name, tmp_path / f"{name}-batch")
 
 
 def test_modalities_that_lag_are_those_of_all_accumulated_batches(small_data, tmp_path):
     """With dropout: the sums of the pass without gradient are those of the pass with it."""
     values = settings(small_data, tmp_path, backbone="mmformer", accumulate=2, crop=[32, 32, 32])
     trainer = Trainer(TrainConfig.model_validate(values))
-    parts = next(trainer._parts())
     trainer.network.train()
-    losses = trainer.step(*parts)
-    assert len(losses.fuse) == len(parts) == 2
+    losses = trainer.step(*itertools.islice(batches(trainer.subjects, 0, 1, 0), 2))
+    assert len(losses.fuse) == 2
     assert losses.dist.any()
     torch.testing.assert_close(trainer.state.method._relative.float(), losses.preference(), rtol=1e-3, atol=1e-4)
 

@@ -22,8 +22,10 @@ from models.backbones import BACKBONES
 from models.task import Task
 from training.device import choose_device, device_name
 from training.footprint import Patch, peak_memory
+from training.loader import Batch
+from training.loss import Loss
 from training.methods import METHODS, build_method
-from training.passion.objective import terms
+from training.ranks import ALONE
 
 GIB = 2**30
 
@@ -72,7 +74,7 @@ def main() -> None:
         forward, backward = step()
         peak = peak_memory(device) / GIB
         figures.append({"forward_s": forward, "backward_s": backward, "peak_gib": peak})
-        print(f"step {number}: forward {forward:.2f} s, backward {backward:.2f} s, peak {peak:.2f} GiB", flush=True)
+        print(f"step {number}: {forward + backward:.2f} s, peak {peak:.2f} GiB", flush=True)
     warm = min(figures[1:] or figures, key=lambda f: f["forward_s"] + f["backward_s"])
     summary = {
         "implementation": arguments.implementation,
@@ -103,12 +105,9 @@ Work = tuple[torch.nn.Module, Callable[[], Tensor], Callable[[], None]]
 def ours(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], device: torch.device) -> Work:
     patch = Patch(arguments.backbone, task, arguments.width, str(device))
     method = build_method(arguments.method, task.names, patch.classes)
-
-    def total() -> Tensor:
-        losses = terms(patch.network, patch.x, patch.labels, [mask], patch.classes, distil=method.distils)
-        return method.total(losses, patch.ones)
-
-    return patch.network, total, lambda: method.after_backward(patch.network)
+    loss = Loss(patch.network, method, patch.ones, patch.classes, ALONE)
+    batch = Batch(patch.x, patch.labels, [mask], [mask])
+    return patch.network, lambda: loss(batch).total, lambda: method.after_backward(patch.network)
 
 
 def plain(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], device: torch.device) -> Work:

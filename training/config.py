@@ -42,6 +42,9 @@ class TrainConfig(BaseModel):
     warmup_epochs: int = Field(default=0, ge=0)
     """Epochs with the separate paths only."""
     batch_size: Count = 1
+    """Subjects that a process runs at a time. A step has batch_size x accumulate x processes of them."""
+    accumulate: Count = 1
+    """Batches of a process whose gradients add up to one step: a larger batch's result in the memory of this one."""
     learning_rate: float = Field(default=2e-4, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     crop: tuple[Count, Count, Count] | None = None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 
 from training.errors import UserError
+from training.ranks import ALONE, Ranks
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` (CUDA where there is one) or a torch device name. Raises `UserError` if it is not there."""
+def choose_device(wanted: str, ranks: Ranks = ALONE) -> torch.device:
+    """`auto` (CUDA where there is one) or a torch device name. Raises `UserError` if it is not there.
+
+    Of several processes on a node each gets a GPU of its own; so `cuda:1` would be for one alone.
+    """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -19,6 +23,15 @@ def choose_device(wanted: str) -> torch.device:
         raise UserError(f"device {wanted!r} is not there: {torch.cuda.device_count()} CUDA devices; use cpu or auto")
     if device.type not in {"cpu", "cuda"}:
         raise UserError(f"device {wanted!r} is not supported: use auto, cpu, cuda or cuda:N")
+    if ranks.grouped and device.type == "cuda":
+        if ranks.world > 1 and device.index is not None:
+            raise UserError(f"device {wanted!r} is one for {ranks.world} processes: use cuda, which gives each its own")
+        if ranks.local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {ranks.local} of this node has no GPU of its own: {torch.cuda.device_count()} CUDA devices; "
+                "start torchrun with as many --nproc-per-node, or use device cpu"
+            )
+        return torch.device("cuda", ranks.local if device.index is None else device.index)
     return device
 
 

@@ -125,7 +125,12 @@ class Patch:
         self.network.zero_grad()
         ones = torch.ones(len(mask))  # with data, wherever the rest is: as if all modalities lagged, which costs most
         everything = Coefficients(ones, ones, ones)
-        staged(self.network, self.x, self.labels, [mask], self.classes, lambda _dist, _mask: everything)
+        parameters = list(self.network.parameters())
+        _, gradients = staged(
+            self.network, parameters, self.x, self.labels, [mask], self.classes, lambda _losses: everything
+        )
+        for i, gradient in gradients.items():
+            parameters[i].grad = gradient
 
 
 def footprint(name: str, task: Task, width: int, mask: Mask) -> Footprint:

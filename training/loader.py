@@ -100,9 +100,16 @@ class _Epoch(Dataset[Sample]):
         return self.subjects.draw(self.order[position], self.epoch)
 
 
-def batches(subjects: Subjects, epoch: int, batch_size: int, workers: int, skip: int = 0) -> Iterator[Batch]:
-    """The batches of an epoch, from number `skip` on."""
-    order = subjects.order(epoch)[skip * batch_size :]
+def batches(
+    subjects: Subjects,
+    epoch: int,
+    batch_size: int,
+    workers: int,
+    skip: int = 0,
+    order: list[int] | None = None,
+) -> Iterator[Batch]:
+    """The batches of an epoch, from number `skip` on; of the subjects in `order` where they are but a rank's share."""
+    order = (subjects.order(epoch) if order is None else order)[skip * batch_size :]
     yield from DataLoader(
         _Epoch(subjects, epoch, order),
         batch_size=batch_size,

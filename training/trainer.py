@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,23 +15,24 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models.backbones import build
 from models.card import Card, software_versions
 from models.checkpoint import Checkpoint, CheckpointError, recover, save_checkpoint
-from models.layout import in_fast_layout
 from models.task import Task, first_problem
 from training.cases import PreparedCase, PreparedDataset
 from training.config import TrainConfig
 from training.device import choose_device, device_name
 from training.errors import UserError
 from training.loader import Batch, Subjects, batches
+from training.loss import Loss, Outcome
 from training.methods import build_method
 from training.missingness import MissingnessTable
-from training.passion.objective import Terms, terms
-from training.passion.staged import staged
+from training.passion.objective import Terms
+from training.ranks import ALONE, Ranks
 from training.run_log import RunLog
-from training.run_state import RunState
+from training.run_state import RunState, generators
 from training.schedule import polynomial
 from training.splits import read_ids
 
@@ -48,18 +51,28 @@ class StepReport:
 
 
 class Trainer:
-    """One run: `Trainer(config).run()`. Everything is checked before the first step."""
+    """One run: `Trainer(config).run()`. Everything is checked before the first step.
 
-    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+    With `ranks` one process of several, which all do the same. Only the main one writes; what the state holds is the
+    same on all of them after every step.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False, ranks: Ranks = ALONE) -> None:
         self.config = config
+        self.ranks = ranks
+        self.device = choose_device(config.device, ranks)
+        if self.device.type == "cuda" and ranks.grouped:
+            torch.cuda.set_device(self.device)  # NCCL's
         self.folder = config.out / "checkpoint"
-        recover(self.folder)
+        if ranks.main:
+            recover(self.folder)
+        ranks.wait()
         if not resume and self.folder.exists():
             raise UserError(f"{self.folder} exists: continue it with --resume or choose a new `out`")
-        self.device = choose_device(config.device)
         dataset = PreparedDataset.open(config.data)
         self.task = _task(dataset.task, config)
         self.subjects = _subjects(dataset, self.task, config)
+        self._check_ranks()
         self.modal_weight = self._modal_weight().to(self.device)
         torch.manual_seed(config.seed)
         try:
@@ -71,14 +84,22 @@ class Trainer:
         )
         method = build_method(config.method, self.task.names, len(self.task.labels))
         self.state = RunState(0, 0, method, self._no_sums(), 0.0)
+        ranks.diverge(config.seed)
         if resume:
             self._resume()
+        self._loss = Loss(self.network, method, self.modal_weight, len(self.task.labels), ranks)
+        self._ranks_loss = ranks.wrap(self._loss)
         self._stop = False
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch."""
-        return -(-len(self.subjects.cases) // self.config.batch_size)
+        """Steps of an epoch, on every rank."""
+        return -(-len(self.subjects.cases) // (self._share * self.ranks.world))
+
+    @property
+    def _share(self) -> int:
+        """Subjects of this process in a whole step."""
+        return self.config.batch_size * self.config.accumulate
 
     def run(
         self,
@@ -86,15 +107,17 @@ class Trainer:
         on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
     ) -> bool:
         """Train to the last epoch. Returns False if a signal (SIGTERM, SIGINT) asked it to stop; all is saved then."""
-        self.config.out.mkdir(parents=True, exist_ok=True)
+        if self.ranks.main:
+            self.config.out.mkdir(parents=True, exist_ok=True)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with RunLog(self.config.out, self.state.epoch) as log:
+            with RunLog(self.config.out, self.state.epoch) if self.ranks.main else nullcontext() as log:
                 while self.state.epoch < self.config.epochs:
                     if not self._epoch(on_step):
                         return False
                     record = self._end_epoch()
-                    log.epoch(record)
+                    if log is not None:
+                        log.epoch(record)
                     self.save()
                     on_epoch(record)
             return True
@@ -102,10 +125,13 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def step(self, batch: Batch) -> Terms:
-        """One optimiser step. Raises `UserError` where the loss is not finite or the GPU's memory is too small."""
+    def step(self, *batches: Batch) -> Terms:
+        """One optimiser step on the batches of this rank, whose gradients add up. Returns this rank's figures.
+
+        Raises `UserError` where the loss is not finite or the GPU's memory is too small.
+        """
         try:
-            return self._step(batch)
+            return self._step(batches)
         except torch.OutOfMemoryError:
             crop = "x".join(map(str, self.task.patch_size))
             raise UserError(
@@ -113,24 +139,26 @@ class Trainer:
                 f"choose another backbone (`passion backbones`); the checkpoint of the last epoch is in {self.folder}"
             ) from None
 
-    def _step(self, batch: Batch) -> Terms:
-        x = in_fast_layout(batch.x.to(self.device, non_blocking=True))
-        labels = batch.labels.to(self.device, non_blocking=True)
+    def _step(self, batches: Sequence[Batch]) -> Terms:
         warm_up = self.state.epoch < self.config.warmup_epochs
         method = self.state.method
-        arguments = (self.network, x, labels, batch.masks, len(self.task.labels))
-        weigh = None if warm_up else method.weigher(self.modal_weight)
+        counted = self._counted(batches) if method.distils and not warm_up else None
+        settled = method.waits and not warm_up and self.config.accumulate > 1
+        if settled:
+            self._look_ahead(batches, counted)
         self.optimiser.zero_grad()
-        if weigh:
-            losses = staged(*arguments, weigh, present=batch.present, distil=method.distils)
-            total = method.total(losses, self.modal_weight)
-        else:
-            losses = terms(*arguments, present=batch.present, distil=method.distils and not warm_up)
-            total = losses.warm_up(self.modal_weight) if warm_up else method.total(losses, self.modal_weight)
-            total.backward()
-        if not torch.isfinite(total):
+        outcomes = []
+        for number, batch in enumerate(batches, 1):
+            with nullcontext() if number == len(batches) else self._gradients_stay():
+                outcome: Outcome = self._ranks_loss(batch, counted, warm_up, settled)
+                # Over ranks gradients are averaged, but a step's loss is the sum over its samples.
+                (outcome.total * self.ranks.world).backward()
+            outcomes.append(outcome._replace(total=outcome.total.detach()))
+        losses = Terms.joined([outcome.losses for outcome in outcomes])
+        sums = self.ranks.sum(_sums(outcomes, losses))
+        if not torch.isfinite(sums[0]):
             raise UserError(
-                f"the loss is {total.item()} in epoch {self.state.epoch}, step {self.state.step}: "
+                f"the loss is {sums[0].item()} in epoch {self.state.epoch}, step {self.state.step}: "
                 f"lower learning_rate; the checkpoint of the last epoch is in {self.folder}"
             )
         for parameter in self.network.parameters():
@@ -138,15 +166,51 @@ class Trainer:
                 # As released: weights that a subject does not touch have gradient 0, and AdamW still moves them.
                 parameter.grad = torch.zeros_like(parameter)
         if not warm_up:
-            method.after_backward(self.network)
+            if not method.waits:
+                for number in range(method.sums):
+                    parts = [outcome.given[number] for outcome in outcomes]
+                    method.take(self.ranks.sum(torch.stack(parts).sum(0)), number)
+            with self.ranks.alike((self.config.seed, self.state.epoch, self.state.step), self.device):
+                method.after_backward(self.network)
         self.optimiser.step()
-        self._add(total, losses)
+        for name, value in zip(self.state.sums, sums.tolist(), strict=True):
+            self.state.sums[name] += value
         return losses
 
+    def _counted(self, batches: Sequence[Batch]) -> list[int] | None:
+        """The classes that every sample of the step has, on all ranks; None where the one batch knows by itself."""
+        if len(batches) == 1 and self.ranks.world == 1:
+            return None
+        classes = len(self.task.labels)
+        lack = torch.zeros(classes, dtype=torch.int64)
+        for labels in (labels for batch in batches for labels in batch.labels):
+            lack += torch.bincount(labels.flatten().long(), minlength=classes) == 0
+        return torch.nonzero(self.ranks.sum(lack) == 0).flatten().tolist()
+
+    @torch.no_grad()
+    def _look_ahead(self, batches: Sequence[Batch], counted: list[int] | None) -> None:
+        """Let the method take its sums over all samples before the first of several batches is run for its gradient.
+
+        Keeping all their maps instead would cost the memory that accumulation is there to save. Dropout is the same
+        when the batches run again.
+        """
+        method = self.state.method
+        for number in range(method.sums):
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                parts = [method.give(self._loss.terms(batch, counted), number) for batch in batches]
+            method.take(self.ranks.sum(torch.stack(parts).sum(0)), number)
+
+    def _gradients_stay(self) -> AbstractContextManager[None]:
+        """Gradients add up here and go to the other ranks with the last batch's."""
+        loss = self._ranks_loss
+        return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()
+
     def save(self) -> None:
-        """Write the checkpoint with all that --resume needs."""
-        extra = self.state.files(self.optimiser, self.config.model_dump(mode="json"))
-        save_checkpoint(self.folder, self.card(), self.network, extra)
+        """Write the checkpoint with all that --resume needs; to be called by all ranks, written by the main one."""
+        random = {kind: self.ranks.gather(state) for kind, state in generators(self.device).items()}
+        if self.ranks.main:
+            extra = self.state.files(self.optimiser, self.config.model_dump(mode="json"), random)
+            save_checkpoint(self.folder, self.card(), self.network, extra)
 
     def card(self) -> Card:
         """The card of the network as it stands."""
@@ -170,6 +234,7 @@ class Trainer:
                 "figures": self.state.method.figures(),
                 "seconds": round(self.state.seconds, 1),
                 "device": device_name(self.device),
+                "processes": self.ranks.world,
             },
             software=software_versions(),
         )
@@ -179,19 +244,29 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.network.train()
-        loader = batches(
-            self.subjects, self.state.epoch, self.config.batch_size, self.config.workers, skip=self.state.step
-        )
-        for batch in loader:
+        for parts in self._parts():
             started = time.monotonic()
-            self.step(batch)
+            self.step(*parts)
             self.state.step += 1
             self.state.seconds += time.monotonic() - started
             on_step(StepReport(self.state.epoch, self.state.step, self.steps, self._means()))
-            if self._stop:
+            if self.ranks.any(self._stop):  # a signal comes to one rank first
                 self.save()
                 return False
         return True
+
+    def _parts(self) -> Iterator[list[Batch]]:
+        """By step, this rank's batches; one without a sample where the epoch's last step has none for it."""
+        config, state = self.config, self.state
+        order = self.ranks.share(self.subjects.order(state.epoch), self._share)
+        skip = state.step * config.accumulate
+        loader = batches(self.subjects, state.epoch, config.batch_size, config.workers, skip, order)
+        for _ in range(state.step, self.steps):
+            yield list(islice(loader, config.accumulate)) or [self._no_batch()]
+
+    def _no_batch(self) -> Batch:
+        size = self.task.patch_size
+        return Batch(torch.zeros(0, len(self.task.names), *size), torch.zeros(0, *size, dtype=torch.uint8), [], [])
 
     def _end_epoch(self) -> dict[str, Any]:
         method = self.state.method
@@ -214,21 +289,20 @@ class Trainer:
         return record
 
     def _no_sums(self) -> dict[str, float]:
+        """In the order of `_sums`."""
         by_modality = [f"{what}/{name}" for what in ("sep", "seen") for name in self.task.names]
         return dict.fromkeys((*PARTS, *by_modality), 0.0)
 
-    def _add(self, total: Tensor, losses: Terms) -> None:
-        sums = self.state.sums
-        for part in PARTS:
-            value = total if part == "total" else getattr(losses, part).sum()
-            sums[part] += value.item()
-        sep, seen = losses.sep.sum(0).tolist(), losses.present.sum(0).tolist()
-        for k, name in enumerate(self.task.names):
-            sums[f"sep/{name}"] += sep[k]
-            sums[f"seen/{name}"] += seen[k]
-
     def _means(self) -> dict[str, float]:
         return {part: self.state.sums[part] / max(self.state.step, 1) for part in PARTS}
+
+    def _check_ranks(self) -> None:
+        ids, world = [case.id for case in self.subjects.cases], self.ranks.world
+        if len(ids) < world:
+            raise UserError(f"{self.config.split}: {len(ids)} training subjects for {world} processes: start fewer")
+        what = self.config.model_dump(exclude={"data", "split", "out", "device", "workers"})
+        if not self.ranks.agree((what, ids, self.subjects.masks)):
+            raise UserError("the processes have different configurations or training subjects: give all nodes the same")
 
     def _modal_weight(self) -> Tensor:
         """N / N_k; under `pdt` the masks are full, and so all are 1."""
@@ -249,11 +323,23 @@ class Trainer:
         network: nn.Module = self.network
         network.load_state_dict(checkpoint.network.state_dict())
         self.state = RunState.restore(
-            self.folder, self.optimiser, self.state.method, self.config.model_dump(mode="json")
+            self.folder,
+            self.optimiser,
+            self.state.method,
+            self.config.model_dump(mode="json"),
+            self.device,
+            self.ranks,
         )
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._stop = True
+
+
+def _sums(outcomes: Sequence[Outcome], losses: Terms) -> Tensor:
+    """A step's loss parts, `PARTS` and by modality, summed over this rank's samples; float64 on the CPU."""
+    parts = [getattr(losses, part).sum() for part in PARTS[1:]]
+    scalars = torch.stack([torch.stack([o.total for o in outcomes]).sum(), *parts])
+    return torch.cat([scalars, losses.sep.sum(0), losses.present.sum(0)]).to("cpu", torch.float64)
 
 
 def _task(task: Task, config: TrainConfig) -> Task:

@@ -1,6 +1,7 @@
 """The benchmarks run and say what they measured; how fast anything is, is no test."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,18 @@ def test_ours_and_the_baseline_are_measured_side_by_side(tmp_path):
     ratio = record["rows"][0]["straightforward"]["best_warm_s"] / record["rows"][0]["ours"]["best_warm_s"]
     assert f"**{ratio:.1f}**" in done.stdout
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.slow
+def test_a_sample_is_timed_for_every_number_of_subjects(tmp_path):
+    out = tmp_path / "subjects.json"
+    small = ["--subjects", "1", "2", "--samples", "2", "--rounds", "2", "--crop", "16", "--backbone", "unet"]
+    command = [sys.executable, COMPARE.with_name("subjects.py"), *small, "--device", "cpu", "--out", out]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert [r["subjects"] for r in record["rows"]] == [1, 2]
+    assert all(len(r["seconds_a_sample"]) == 2 and min(r["seconds_a_sample"]) > 0 for r in record["rows"])
+    assert record["processes"] == 1
+    assert "| subjects |" in done.stdout

@@ -153,7 +153,7 @@ def test_what_is_computed_is_near_what_a_process_takes():
     task = glioma(48, 48, 48)
     measured = measure("unet", task, 8, ALL, "cpu")
     computed = footprint("unet", task, 8, ALL).memory
-    assert 0.8 * computed.step < measured.step < 1.6 * computed.step
+    assert 0.8 * computed.step < measured.step < 2 * computed.step
     assert measured.window < measured.step
 
 

@@ -14,6 +14,7 @@ from models.backbone import Fused
 from training.config import TrainConfig
 from training.errors import UserError
 from training.methods import METHODS, build_method
+from training.methods.base import settle
 from training.methods.discrepancy import class_mean, comparable, discrepancy
 from training.methods.dwa import Dwa, averaged
 from training.methods.epoch_means import EpochMeans
@@ -65,6 +66,12 @@ def terms_of(samples, sep=None, present=None, fuse=1.0, prm=2.0):
         present=mask if present is None else torch.tensor(present),
         samples=samples,
     )
+
+
+def total_of(method, losses, weight):
+    """A step of one batch."""
+    settle(method, losses)
+    return method.total(losses, weight)
 
 
 # The ratio that OGM-GE and PMR share
@@ -152,7 +159,7 @@ def test_ogm_modulates_the_gradient_and_adds_noise_of_its_own_deviation():
     torch.manual_seed(1)
     network = TwoEncoders()
     method = OgmGe(["a", "b"])
-    total = method.total(terms_of([ahead()], sep=[[4.0, 8.0]]), W)
+    total = total_of(method, terms_of([ahead()], sep=[[4.0, 8.0]]), W)
     assert total.item() == 1 + 2 + 12
     (weight, bias), b = network.gradients("a"), network.gradients("b")
 
@@ -181,8 +188,8 @@ def test_ogm_modulates_the_gradient_and_adds_noise_of_its_own_deviation():
 def test_ogm_changes_no_gradient_without_a_lead(sample):
     network = TwoEncoders(values=4)
     method = OgmGe(["a", "b"])
-    method.total(terms_of([ahead()]), W)  # the step before says nothing about this one
-    method.total(terms_of([sample]), W)
+    total_of(method, terms_of([ahead()]), W)  # the step before says nothing about this one
+    total_of(method, terms_of([sample]), W)
     before = [*network.gradients("a"), *network.gradients("b")]
     random = torch.get_rng_state()
     method.after_backward(network)
@@ -197,7 +204,7 @@ def test_ogm_leaves_a_missing_modality_alone():
     network.add_module("c_encoder", nn.Linear(2, 1))  # without a gradient
     sample = sample_of([True, True, False], [0, 0, 0, 1], alone=[[0.9, 0.9, 0.9, 0.6], [0.6, 0.7, 0.8, 0.3], None])
     method = OgmGe(["a", "b", "c"])
-    method.total(terms_of([sample]), torch.ones(3))
+    total_of(method, terms_of([sample]), torch.ones(3))
     method.after_backward(network)
     assert network.get_submodule("c_encoder").weight.grad is None
     assert set(method.end_epoch(0)["coefficient"]) == {"a", "b"}
@@ -263,7 +270,7 @@ def test_pmr_pulls_the_slow_modality_and_at_first_holds_the_fast_one():
     entropy = -fast * math.log(fast) - (1 - fast) * math.log(1 - fast)
     method = Pmr(["a", "b"], classes=2)
 
-    total = method.total(terms_of([sample]), W)
+    total = total_of(method, terms_of([sample]), W)
     assert total.item() == pytest.approx(3 + pull * math.log(2) - 0.1 * hold * entropy, rel=1e-3)
     total.backward()
     assert a.grad.any()
@@ -274,7 +281,7 @@ def test_pmr_pulls_the_slow_modality_and_at_first_holds_the_fast_one():
 
     method.end_epoch(9)  # ten epochs are done
     a.grad = None
-    total = method.total(terms_of([sample]), W)
+    total = total_of(method, terms_of([sample]), W)
     assert total.item() == pytest.approx(3 + pull * math.log(2), rel=1e-3)
     total.backward()
     assert a.grad is None
@@ -282,14 +289,16 @@ def test_pmr_pulls_the_slow_modality_and_at_first_holds_the_fast_one():
 
 def test_pmr_prototypes_are_moving_averages_of_what_is_there():
     method = Pmr(["a", "b"], classes=3)
-    method.total(
-        terms_of([sample_of([True, False], [0, 0, 2], features=[torch.tensor([[1.0, 3.0, 5.0]]), None], classes=3)]), W
+    total_of(
+        method,
+        terms_of([sample_of([True, False], [0, 0, 2], features=[torch.tensor([[1.0, 3.0, 5.0]]), None], classes=3)]),
+        W,
     )
     found = [[None if c is None else c.item() for c in row] for row in method.prototypes]
     assert found == [[2, None, 5], [None, None, None]]
     features = [torch.tensor([[4.0, 4.0, 7.0]]), torch.tensor([[1.0, 1.0, 6.0]])]
     # b is encoded, but the fused path is not given it.
-    method.total(terms_of([sample_of([True, False], [0, 0, 1], features=features, classes=3)]), W)
+    total_of(method, terms_of([sample_of([True, False], [0, 0, 1], features=features, classes=3)]), W)
     found = [[None if c is None else c.item() for c in row] for row in method.prototypes]
     assert found == [[pytest.approx(0.9 * 2 + 0.1 * 4), 7, 5], [None, None, None]]
 
@@ -304,13 +313,13 @@ def test_pmr_prototypes_are_moving_averages_of_what_is_there():
 )
 def test_pmr_is_the_backbones_own_loss_without_a_lead(mask, labels, features):
     losses = terms_of([sample_of(mask, labels, features=list(features))], sep=[[0.5, 0.25]])
-    assert Pmr(["a", "b"], classes=2).total(losses, W).item() == losses.baseline().item() == 3.75
+    assert total_of(Pmr(["a", "b"], classes=2), losses, W).item() == losses.baseline().item() == 3.75
 
 
 def test_pmr_reads_labels_on_a_coarser_grid_of_features():
     a, b = (f[:, ::2] for f in lagging())  # two voxels, (0, 4) and (1, 1), for four labels
     method = Pmr(["a", "b"], classes=2)
-    method.total(terms_of([sample_of([True, True], [0, 0, 1, 1], features=[a, b])]), W)
+    total_of(method, terms_of([sample_of([True, True], [0, 0, 1, 1], features=[a, b])]), W)
     assert [[c.item() for c in row] for row in method.prototypes] == [[0, 4], [1, 1]]
 
 
@@ -318,9 +327,9 @@ def test_pmr_state_survives_json_bit_for_bit():
     torch.manual_seed(0)
     method = Pmr(["a", "b"], classes=2)
     features = [torch.randn(5, 4), torch.randn(5, 4)]
-    method.total(terms_of([sample_of([True, True], [0, 0, 1, 1], features=features)]), W)
+    total_of(method, terms_of([sample_of([True, True], [0, 0, 1, 1], features=features)]), W)
     method.end_epoch(3)
-    method.total(terms_of([sample_of([True, True], [0, 1, 1, 1], features=features)]), W)
+    total_of(method, terms_of([sample_of([True, True], [0, 1, 1, 1], features=features)]), W)
     again = Pmr(["a", "b"], classes=2)
     again.restore(json.loads(json.dumps(method.state())))
     assert again.state() == method.state()
@@ -357,7 +366,7 @@ def test_dwa_weighs_the_separate_losses_by_the_two_epochs_before():
 
     def epoch(number, a, b):
         # b is in both samples, so its mean counts both; a only where it is.
-        total = method.total(terms_of([whole, only_b], sep=[[a, b - 1], [0.0, b + 1]]), W)
+        total = total_of(method, terms_of([whole, only_b], sep=[[a, b - 1], [0.0, b + 1]]), W)
         method.end_epoch(number)
         return total.item()
 
@@ -372,7 +381,7 @@ def test_dwa_weighs_the_separate_losses_by_the_two_epochs_before():
 def test_dwa_keeps_the_losses_of_a_modality_that_an_epoch_lacks():
     method = Dwa(["a", "b"])
     method.losses = {"a": [2.0, 1.0], "b": [3.0, 3.0]}
-    method.total(terms_of([sample_of([False, True], [0, 1])], sep=[[0.0, 1.5]]), W)
+    total_of(method, terms_of([sample_of([False, True], [0, 1])], sep=[[0.0, 1.5]]), W)
     method.end_epoch(2)
     assert method.losses == {"a": [2.0, 1.0], "b": [3.0, 1.5]}
     method.end_epoch(3)  # a warm-up epoch has no total at all
@@ -381,7 +390,7 @@ def test_dwa_keeps_the_losses_of_a_modality_that_an_epoch_lacks():
 
 def test_dwa_counts_what_the_separate_decoder_had_under_pdt():
     method = Dwa(["a", "b"])
-    method.total(terms_of([sample_of([True, False], [0, 1])], sep=[[1.0, 2.0]], present=[[True, True]]), W)
+    total_of(method, terms_of([sample_of([True, False], [0, 1])], sep=[[1.0, 2.0]], present=[[True, True]]), W)
     method.end_epoch(0)
     assert method.losses == {"a": [1.0], "b": [2.0]}
 
@@ -422,7 +431,7 @@ def test_an_ablation_leaves_out_what_its_name_says(name):
     method = build_method(name, ["a", "b"], 2)
     if name != "none":
         method.preference.beta = BETA.double()
-    assert method.total(ablation_terms(), MODAL_WEIGHT).item() == pytest.approx(ABLATIONS[name])
+    assert total_of(method, ablation_terms(), MODAL_WEIGHT).item() == pytest.approx(ABLATIONS[name])
 
 
 @pytest.mark.parametrize(
@@ -442,7 +451,7 @@ def test_each_switch_alone_takes_its_part_out_of_the_total(switches, wanted):
 
 def test_an_ablation_without_gradient_wise_still_follows_beta_for_the_log():
     method = build_method("passion-pixel", ["a", "b"], 2)
-    method.total(ablation_terms(), MODAL_WEIGHT)
+    total_of(method, ablation_terms(), MODAL_WEIGHT)
     assert method.end_epoch(0)["dist"] == {"a": pytest.approx(0.2), "b": pytest.approx(0.4)}
     assert method.figures()["beta"]["a"] < 1 < method.figures()["beta"]["b"]
 

@@ -7,8 +7,11 @@ from models.backbones import BACKBONES, build
 from models.task import Task
 from training.footprint import Ledger, Patch
 from training.methods import METHODS, build_method
+from training.methods.base import settle
 from training.passion.objective import Coefficients, terms
-from training.passion.staged import staged
+from training.passion.staged import staged, with_gradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MASKS = [(True, False, True, True), (False, True, False, False), (True, True, False, False)]
 """Of a batch: three modalities, one that is its own teacher, two."""
@@ -34,6 +37,19 @@ def gradients(network):
     return found
 
 
+def in_stages(method, network, x, labels, present=None):
+    """The terms, and the gradients that the optimiser would see."""
+
+    def weigh(losses):
+        settle(method, losses)
+        return method.coefficients(MODAL_WEIGHT)
+
+    parameters = list(network.parameters())
+    losses, found = staged(network, parameters, x, labels, MASKS, 4, weigh, present=present, distil=method.distils)
+    (3 * with_gradients(method.total(losses, MODAL_WEIGHT), parameters, found) / 3).backward()
+    return losses, gradients(network)
+
+
 def assert_equal(one, other):
     """Gradients by name; one that one of them lacks must be 0 in the other."""
     for name in one | other:
@@ -42,8 +58,11 @@ def assert_equal(one, other):
         torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("present", [None, ALL], ids=["what is fused", "all modalities"])
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    ("backbone", "present"),
+    [*((name, None) for name in BACKBONES), ("unet", ALL)],
+    ids=[*BACKBONES, "unet, separate paths of all modalities"],
+)
 def test_the_losses_and_gradients_are_those_of_the_whole_graph(backbone, present, monkeypatch):
     for module in ("mmformer", "m2ftrans"):  # both draw, in another order
         monkeypatch.setattr(f"models.backbones.{module}.DROPOUT", 0.0)
@@ -52,10 +71,10 @@ def test_the_losses_and_gradients_are_those_of_the_whole_graph(backbone, present
     method.preference.beta = torch.tensor([0.5, 1.5, 1.0, 0.7])
 
     whole = terms(network, x, labels, MASKS, 4, present=present)
+    settle(method, whole)
     method.total(whole, MODAL_WEIGHT).backward()
     wanted = gradients(network)
-    found = staged(network, x, labels, MASKS, 4, method.weigher(MODAL_WEIGHT), present=present)
-    got = gradients(network)
+    found, got = in_stages(method, network, x, labels, present=present)
 
     for name in LOSSES:
         torch.testing.assert_close(getattr(found, name), getattr(whole, name).detach(), rtol=1e-10, atol=1e-13)
@@ -65,18 +84,21 @@ def test_the_losses_and_gradients_are_those_of_the_whole_graph(backbone, present
     assert_equal(got, wanted)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if build_method(name, "abcd", 4).weigher(MODAL_WEIGHT)])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if build_method(name, "abcd", 4).coefficients(MODAL_WEIGHT)]
+)
 def test_every_method_that_weighs_losses_gives_its_total_s_gradients(method):
     network, x, labels = made("unet")
     rule = build_method(method, list("abcd"), 4)
 
     whole = terms(network, x, labels, MASKS, 4, distil=rule.distils)
+    settle(rule, whole)
     total = rule.total(whole, MODAL_WEIGHT)
     total.backward()
     wanted = gradients(network)
-    found = staged(network, x, labels, MASKS, 4, rule.weigher(MODAL_WEIGHT), distil=rule.distils)
+    found, got = in_stages(rule, network, x, labels)
 
-    assert_equal(gradients(network), wanted)
+    assert_equal(got, wanted)
     assert rule.total(found, MODAL_WEIGHT).item() == pytest.approx(total.item(), rel=1e-10)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from training.ranks import Ranks
 
 
 def train(
@@ -28,9 +31,10 @@ def train(
 ) -> None:
     """Train a model on a prepared data set. SIGTERM and Ctrl-C save and stop; --resume continues.
 
-    An option takes the place of the configuration's value of that name.
+    On several GPUs: `torchrun --nproc-per-node 2 -m training train run.yaml`. An option takes the place of the
+    configuration's value of that name.
     """
-    from training.trainer import StepReport, Trainer
+    from training.ranks import join
 
     changes = {
         "epochs": epochs,
@@ -44,12 +48,19 @@ def train(
         "warmup_epochs": warmup_epochs,
         "device": device,
     }
-    settings = TrainConfig.read(config, {k: v for k, v in changes.items() if v is not None})
-    trainer = Trainer(settings, resume=resume)
-    console = Console()
+    with join() as ranks:
+        _train(TrainConfig.read(config, {k: v for k, v in changes.items() if v is not None}), resume, ranks)
+
+
+def _train(settings: TrainConfig, resume: bool, ranks: Ranks) -> None:
+    from training.trainer import StepReport, Trainer
+
+    trainer = Trainer(settings, resume=resume, ranks=ranks)
+    console = Console(quiet=not ranks.main)
+    device = f"{ranks.world} x {trainer.device.type}" if ranks.world > 1 else str(trainer.device)
     console.print(
         f"{len(trainer.subjects.cases)} subjects, {settings.epochs} epochs of {trainer.steps} steps, "
-        f"crop {'x'.join(map(str, trainer.task.patch_size))}, {trainer.device}, "
+        f"crop {'x'.join(map(str, trainer.task.patch_size))}, {device}, "
         f"regime {settings.regime}, method {settings.method}"
     )
     columns = (
@@ -74,7 +85,7 @@ def train(
             )
 
         def tell(record: dict[str, Any]) -> None:
-            if not console.is_terminal:  # a log has no progress bar: a line per epoch instead
+            if ranks.main and not console.is_terminal:  # a log has no progress bar: a line per epoch instead
                 loss = " ".join(f"{name} {value:.3f}" for name, value in record["loss"].items())
                 print(f"epoch {record['epoch']}: {loss} ({record['seconds']:.0f} s)", flush=True)
 

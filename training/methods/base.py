@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from training.passion.objective import Terms
-from training.passion.staged import Weigh
+from training.passion.objective import Coefficients, Terms
 
 
 class Method(Protocol):
-    """How a step's losses become one number, and what is done between backward and the optimiser's step."""
+    """How a step's losses become one number, and what is done between backward and the optimiser's step.
+
+    A step may be spread over ranks, and over batches that accumulate gradients; its result must not depend on that. So
+    what a method needs of all samples goes through sums over them: every batch gives its part, and takes the whole.
+    """
 
     @property
     def distils(self) -> bool:
         """Whether `total` needs the students: `Terms.kl`, `proto` and `dist`."""
 
-    def total(self, losses: Terms, weight: Tensor) -> Tensor:
-        """The loss of a batch, a scalar; `weight` (K,) is N / N_k. Notes what the end of the epoch needs."""
+    @property
+    def sums(self) -> int:
+        """How many sums over the samples of a step the method takes, one after the other; 0 if it needs none."""
 
-    def weigher(self, weight: Tensor) -> Weigh | None:
-        """If the total is a sum of the losses: how to tell their weights from a batch's distances, which lets a step
-        run its backward pass in stages. None if it is more than that; its graph is then needed as a whole."""
+    @property
+    def waits(self) -> bool:
+        """Whether `total` needs them, or only `after_backward` and `end_epoch`; they then depend on no other sum."""
+
+    def give(self, losses: Terms, number: int) -> Tensor:
+        """A batch's part of a sum, a vector in float64 on the CPU. The batch may be empty. Changes nothing."""
+
+    def take(self, whole: Tensor, number: int) -> None:
+        """The sum over all samples of the step, once a step. Notes what the end of the epoch needs."""
+
+    def total(self, losses: Terms, weight: Tensor) -> Tensor:
+        """The loss of a batch, a scalar, and a sum over its samples; `weight` (K,) is N / N_k. Changes nothing."""
+
+    def coefficients(self, weight: Tensor) -> Coefficients | None:
+        """The weights in `total`, if it is a weighted sum of the losses and the sums need distances at most.
+
+        A step can then undo its paths one by one (`training.passion.staged`). None if its graph is needed as a whole.
+        """
 
     def after_backward(self, network: nn.Module) -> None:
         """May change gradients. Encoders are the submodules `<modality>_encoder` of every backbone."""
@@ -38,3 +59,10 @@ class Method(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
+
+
+def settle(method: Method, losses: Terms, pool: Callable[[Tensor], Tensor] = lambda part: part) -> None:
+    """Let a method take its sums of a step that is one batch on every rank; `pool` adds up the ranks' parts."""
+    with torch.no_grad():
+        for number in range(method.sums):
+            method.take(pool(method.give(losses, number)), number)

@@ -42,8 +42,19 @@ def discrepancy(score: Tensor, say: Tensor) -> Tensor:
     (K,) float64 on the CPU; 1, which is balance, for a modality without a say. Every row of `say` has none or at least
     two modalities. With two modalities that every sample has it is the papers' ratio of sums over the batch.
     """
+    return ratio(compared(score, say))
+
+
+def compared(score: Tensor, say: Tensor) -> Tensor:
+    """(3, K) float64 on the CPU: `discrepancy`'s two sums, and in how many samples each modality has a say."""
     # In double precision the mean of equal float32 scores is exactly that score, and so balance is exactly 1.
     score = torch.where(say, score.detach().to("cpu", torch.float64), torch.zeros((), dtype=torch.float64))
     others = (score.sum(1, keepdim=True) - score) / (say.sum(1, keepdim=True) - 1).clamp(min=1)
-    own, theirs = score.sum(0), torch.where(say, others, torch.zeros_like(others)).sum(0)
+    theirs = torch.where(say, others, torch.zeros_like(others))
+    return torch.stack([score.sum(0), theirs.sum(0), say.sum(0).double()])
+
+
+def ratio(whole: Tensor) -> Tensor:
+    """rho (K,) from `compared` (3, K), summed over all samples of a step."""
+    own, theirs, _ = whole
     return torch.where(theirs > 0, own / theirs, torch.ones_like(own))

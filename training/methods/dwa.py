@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.methods.epoch_means import EpochMeans
+from training.methods.epoch_means import EpochMeans, sums
 from training.passion.objective import Coefficients, Terms
-from training.passion.staged import Weigh
 
 TEMPERATURE = 2.0
 
@@ -31,6 +30,8 @@ class Dwa:
     """
 
     distils = False
+    sums = 1
+    waits = False
 
     def __init__(self, modalities: Sequence[str]) -> None:
         self.modalities = tuple(modalities)
@@ -43,15 +44,21 @@ class Dwa:
         """lambda (K,), float64."""
         return averaged([self.losses[name] for name in self.modalities])
 
-    def total(self, losses: Terms, _weight: Tensor) -> Tensor:
-        """fuse + prm + sum_k lambda_k sep_k."""
-        self._means.add(losses.sep, losses.present)
-        separate = self.weights.to(losses.sep) * losses.sep.sum(0)
-        return losses.fuse.sum() + losses.prm.sum() + separate.sum()
+    def give(self, losses: Terms, _number: int) -> Tensor:
+        """Separate losses, and how often each modality had one: (2K,)."""
+        return sums(losses.sep, losses.present).flatten()
 
-    def weigher(self, weight: Tensor) -> Weigh:
-        """See `Method.weigher`."""
-        return lambda _dist, _mask: Coefficients.separate(self.weights.to(weight))
+    def take(self, whole: Tensor, _number: int) -> None:
+        """For the epoch's means."""
+        self._means.add_sums(whole.view(2, -1))
+
+    def total(self, losses: Terms, weight: Tensor) -> Tensor:
+        """fuse + prm + sum_k lambda_k sep_k."""
+        return losses.weighted(self.coefficients(weight))
+
+    def coefficients(self, weight: Tensor) -> Coefficients:
+        """See `Method.coefficients`."""
+        return Coefficients.separate(self.weights.to(weight))
 
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change: lambda already weighs the losses."""

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def sums(values: Tensor, there: Tensor) -> Tensor:
+    """(2, K) float64 on the CPU: the sum of values (B, K) where `there` (B, K) bool, and how many these are."""
+    values, there = values.detach().to("cpu", torch.float64), there.cpu()
+    return torch.stack([torch.where(there, values, torch.zeros_like(values)).sum(0), there.sum(0).double()])
+
+
 class EpochMeans:
     """Sums and counts by modality, in double precision, so that they survive JSON unchanged."""
 
@@ -18,10 +24,12 @@ class EpochMeans:
 
     def add(self, values: Tensor, there: Tensor) -> None:
         """Add values (B, K) where `there` (B, K) bool."""
-        values = values.detach().to("cpu", torch.float64)
-        there = there.cpu()
-        self._sums += torch.where(there, values, torch.zeros_like(values)).sum(0)
-        self._counts += there.sum(0)
+        self.add_sums(sums(values, there))
+
+    def add_sums(self, step: Tensor) -> None:
+        """Add `sums` (2, K) of all samples of a step."""
+        self._sums += step[0]
+        self._counts += step[1].long()
 
     def take(self) -> dict[str, float]:
         """The mean of every modality that had a value, and start anew."""

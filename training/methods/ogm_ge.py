@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.methods.discrepancy import class_mean, comparable, discrepancy
+from training.methods.discrepancy import class_mean, comparable, compared, ratio
 from training.methods.epoch_means import EpochMeans
 from training.passion.objective import Sample, Terms
 
@@ -43,21 +43,32 @@ class OgmGe:
     """
 
     distils = False
+    sums = 1
+    waits = False
 
     def __init__(self, modalities: Sequence[str]) -> None:
         self.modalities = tuple(modalities)
         self._coefficients = torch.ones(len(self.modalities), dtype=torch.float64)  # of the step under way
         self._means = EpochMeans(self.modalities)
 
+    def give(self, losses: Terms, _number: int) -> Tensor:
+        """The scores that compare: (3K,)."""
+        if not losses.samples:
+            return torch.zeros(3 * len(self.modalities), dtype=torch.float64)
+        return compared(scores(losses.samples), comparable(losses.samples)).flatten()
+
+    def take(self, whole: Tensor, _number: int) -> None:
+        """By how much each encoder's gradient will be damped."""
+        whole = whole.view(3, -1)
+        self._coefficients = coefficients(ratio(whole))
+        self._means.add(self._coefficients[None], whole[2:] > 0)
+
     def total(self, losses: Terms, _weight: Tensor) -> Tensor:
-        """The backbone's own loss; notes by how much each encoder's gradient will be damped."""
-        say = comparable(losses.samples)
-        self._coefficients = coefficients(discrepancy(scores(losses.samples), say))
-        self._means.add(self._coefficients[None], say.any(0, keepdim=True))
+        """The backbone's own loss."""
         return losses.baseline()
 
-    def weigher(self, _weight: Tensor) -> None:
-        """See `Method.weigher`: the total needs what the network made of the samples."""
+    def coefficients(self, _weight: Tensor) -> None:
+        """See `Method.coefficients`: the sums need what the network made of the samples."""
 
     def after_backward(self, network: nn.Module) -> None:
         """Damp the gradients of the encoders that are ahead, and add the noise."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from training.passion.objective import Coefficients, Switches, Terms
-from training.passion.preference import Preference, relative_preference
-from training.passion.staged import Weigh
+from training.passion.preference import Preference, distances
 
 
 class Passion:
@@ -17,21 +17,33 @@ class Passion:
     so that every ablation's log shows which modalities lag."""
 
     distils = True
+    sums = 1
+    waits = True
 
     def __init__(self, modalities: Sequence[str], switches: Switches) -> None:
         self.modalities = tuple(modalities)
         self.switches = switches
         self.preference = Preference.start(len(self.modalities))
+        self._relative = torch.zeros(len(self.modalities), dtype=torch.float64)  # of the step under way
+
+    def give(self, losses: Terms, _number: int) -> Tensor:
+        """Relative preferences; distances and how often each modality was there: (3K,)."""
+        relative = losses.preference().to("cpu", torch.float64)
+        return torch.cat([relative, distances(losses.dist, losses.mask).flatten()])
+
+    def take(self, whole: Tensor, _number: int) -> None:
+        """One g for all samples of the step, and the distances for beta."""
+        self._relative, *step = whole.view(3, -1)
+        self.preference.add(torch.stack(step))
 
     def total(self, losses: Terms, weight: Tensor) -> Tensor:
         """See `Method.total`."""
-        self.preference.record(losses.dist, losses.mask)
-        return losses.passion(self.preference.beta.to(weight), weight, self.switches)
+        return losses.weighted(self.coefficients(weight))
 
-    def weigher(self, weight: Tensor) -> Weigh:
-        """See `Method.weigher`."""
-        beta = self.preference.beta.to(weight)
-        return lambda dist, mask: Coefficients.passion(relative_preference(dist, mask), beta, weight, self.switches)
+    def coefficients(self, weight: Tensor) -> Coefficients:
+        """See `Method.coefficients`."""
+        beta, relative = self.preference.beta.to(weight), self._relative.to(weight.device)
+        return Coefficients.passion(relative, beta, weight, self.switches)
 
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change: beta already weighs the losses."""

@@ -8,21 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from training.passion.objective import Coefficients, Terms
-from training.passion.staged import Weigh
 
 
 class Plain:
     """fuse + prm + sum_k sep_k. The baseline of every comparison."""
 
     distils = False
+    sums = 0
+    waits = False
+
+    def give(self, _losses: Terms, _number: int) -> Tensor:
+        """Never asked: there are no sums."""
+        raise NotImplementedError
+
+    def take(self, _whole: Tensor, _number: int) -> None:
+        """Nothing to take."""
 
     def total(self, losses: Terms, _weight: Tensor) -> Tensor:
         """See `Method.total`."""
         return losses.baseline()
 
-    def weigher(self, weight: Tensor) -> Weigh:
-        """See `Method.weigher`."""
-        return lambda _dist, _mask: Coefficients.separate(torch.ones_like(weight))
+    def coefficients(self, weight: Tensor) -> Coefficients:
+        """See `Method.coefficients`."""
+        return Coefficients.separate(torch.ones_like(weight))
 
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change."""

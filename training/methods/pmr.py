@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.methods.discrepancy import class_mean, comparable, discrepancy
+from training.methods.discrepancy import class_mean, comparable, compared, ratio
 from training.methods.epoch_means import EpochMeans
 from training.passion.losses import Truth
 from training.passion.objective import Sample, Terms
@@ -43,8 +43,8 @@ class Pmr:
       over the voxels of a class, then over the crop's classes (`class_mean` says why), and summed over the batch as
       the other losses are.
     - Prototypes carry no gradient. The paper makes them anew from training data in every epoch; here they follow as
-      moving averages, c <- 0.9 c + 0.1 mean, in each step before they are used, because another pass over the volumes
-      would cost much of an epoch. A class that a modality has not met yet is none of its choices.
+      moving averages, c <- 0.9 c + 0.1 mean over the step's samples, in each step before they are used, because another
+      pass over the volumes would cost much of an epoch. A class that a modality has not met yet is none of its choices.
     - K modalities: rho_k is against the mean of the others that the sample's fused path has. A modality that the sample
       lacks has no say, moves no prototypes and has no loss; a sample with one modality, or a crop of one class, moves
       prototypes only.
@@ -52,6 +52,8 @@ class Pmr:
     """
 
     distils = False
+    sums = 2
+    waits = True
 
     def __init__(self, modalities: Sequence[str], classes: int) -> None:
         self.modalities = tuple(modalities)
@@ -61,23 +63,28 @@ class Pmr:
         """Epochs done."""
         self._scores = EpochMeans(self.modalities)
         self._pulls = EpochMeans(self.modalities)
+        self._rho = torch.ones(len(self.modalities), dtype=torch.float64)  # of the step under way
+
+    def give(self, losses: Terms, number: int) -> Tensor:
+        """First the mean features by modality and class, and how many samples had them: (K * C * (F + 1),). Then, with
+        the prototypes in place, the scores that compare: (3K,)."""
+        return self._features(losses.samples) if number == 0 else self._compared(losses.samples)
+
+    def take(self, whole: Tensor, number: int) -> None:
+        """First the prototypes follow, then it shows who is ahead."""
+        if number == 0:
+            self._follow(whole.view(len(self.modalities), len(self.prototypes[0]), -1))
+            return
+        whole = whole.view(3, -1)
+        self._rho = ratio(whole)
+        self._scores.add_sums(whole[[0, 2]])
+        self._pulls.add(pulls(self._rho)[None], whole[2:] > 0)
 
     def total(self, losses: Terms, _weight: Tensor) -> Tensor:
         """fuse + prm + sum_k sep_k, the pull of the slow modalities, and at first the entropy of the fast ones."""
-        for sample in losses.samples:
-            self._follow(sample)
-        say = comparable(losses.samples)
-        readings = [
-            [self._read(sample, k) if has_say else None for k, has_say in enumerate(row)]
-            for sample, row in zip(losses.samples, say.tolist(), strict=True)
-        ]
-        score = torch.tensor([[r.score() if r else 0.0 for r in row] for row in readings])
-        rho = discrepancy(score, say)
-        pull, hold = pulls(rho), holds(rho)
-        self._scores.add(score, say)
-        self._pulls.add(pull[None], say.any(0, keepdim=True))
+        pull, hold = pulls(self._rho), holds(self._rho)
         total = losses.baseline()
-        for row in readings:
+        for row in self._readings(losses.samples):
             for reading, pulled, held in zip(row, pull.tolist(), hold.tolist(), strict=True):
                 if reading and pulled:
                     total = total + PULL_WEIGHT * pulled * reading.cross_entropy()
@@ -85,8 +92,8 @@ class Pmr:
                     total = total - ENTROPY_WEIGHT * held * reading.entropy()
         return total
 
-    def weigher(self, _weight: Tensor) -> None:
-        """See `Method.weigher`: the total needs what the network made of the samples."""
+    def coefficients(self, _weight: Tensor) -> None:
+        """See `Method.coefficients`: the total is more than a weighted sum."""
 
     def after_backward(self, _network: nn.Module) -> None:
         """Nothing to change: the losses do it."""
@@ -117,16 +124,42 @@ class Pmr:
         self._pulls.restore(state["pulls"])
 
     @torch.no_grad()
-    def _follow(self, sample: Sample) -> None:
-        """Move the prototypes of the sample's modalities and classes towards its mean features."""
-        for k in range(len(self.modalities)):
-            found = _voxels(sample, k)
-            if found is None:
-                continue
-            feature, truth = found
-            for c in torch.nonzero(truth.counts).flatten().tolist():
-                mean, old = feature @ truth.onehot[c] / truth.counts[c], self.prototypes[k][c]
-                self.prototypes[k][c] = mean if old is None else MOMENTUM * old.to(mean) + (1 - MOMENTUM) * mean
+    def _features(self, samples: Sequence[Sample]) -> Tensor:
+        known = [c for row in self.prototypes for c in row if c is not None]
+        there = [f for sample in samples for f in sample.features[0] if f is not None]
+        width = there[0].shape[1] if there else len(known[0])  # an empty batch is never the first of a run
+        sums = torch.zeros(len(self.modalities), len(self.prototypes[0]), width + 1, dtype=torch.float64)
+        for sample in samples:
+            for k in range(len(self.modalities)):
+                found = _voxels(sample, k)
+                if found is None:
+                    continue
+                feature, truth = found
+                for c in torch.nonzero(truth.counts).flatten().tolist():
+                    sums[k, c, :-1] += (feature @ truth.onehot[c] / truth.counts[c]).cpu()
+                    sums[k, c, -1] += 1
+        return sums.flatten()
+
+    def _follow(self, sums: Tensor) -> None:
+        """Move the prototypes of the step's modalities and classes towards their mean features."""
+        for k, c in torch.nonzero(sums[..., -1]).tolist():
+            mean, old = (sums[k, c, :-1] / sums[k, c, -1]).float(), self.prototypes[k][c]
+            self.prototypes[k][c] = mean if old is None else MOMENTUM * old + (1 - MOMENTUM) * mean
+
+    @torch.no_grad()
+    def _compared(self, samples: Sequence[Sample]) -> Tensor:
+        if not samples:
+            return torch.zeros(3 * len(self.modalities), dtype=torch.float64)
+        score = torch.tensor([[r.score() if r else 0.0 for r in row] for row in self._readings(samples)])
+        return compared(score, comparable(samples)).flatten()
+
+    def _readings(self, samples: Sequence[Sample]) -> list[list[Reading | None]]:
+        """By sample and modality, None without a say."""
+        rows = comparable(samples).tolist() if samples else []
+        return [
+            [self._read(sample, k) if has_say else None for k, has_say in enumerate(row)]
+            for sample, row in zip(samples, rows, strict=True)
+        ]
 
     def _read(self, sample: Sample, k: int) -> Reading | None:
         found = _voxels(sample, k)

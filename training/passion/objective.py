@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Coefficients:
     ) -> Coefficients:
         """From the batch's relative preference (K,), beta (K,) and w = N / N_k (K,): modalities that lag have sep and
         proto."""
-        lag = (preference > 0).to(beta.dtype) if switches.task_wise else torch.ones_like(beta)
+        lag = (preference > 0).to(beta) if switches.task_wise else torch.ones_like(beta)
         weight = beta * modal_weight if switches.gradient_wise else modal_weight
         return cls(
             sep=lag * weight,
@@ -98,6 +98,23 @@ class Terms:
     """(B, K) bool: the modalities with a `sep`; under `pdt` all, whatever the fused path is given."""
     samples: list[Sample]
 
+    @classmethod
+    def empty(cls, modalities: int, device: torch.device) -> Terms:
+        """Of no sample at all."""
+        scalar, row = torch.zeros(0, device=device), torch.zeros(0, modalities, device=device)
+        return cls(scalar, scalar, row, row, row, row, row.bool(), row.bool(), [])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Terms]) -> Terms:
+        """The batches of one step as one batch."""
+        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls) if f.name != "samples"}
+        return cls(**tensors, samples=[s for p in parts for s in p.samples])
+
+    def figures(self) -> Terms:
+        """The numbers alone, without gradient and samples, which hold much of the step's memory."""
+        tensors = {f.name: getattr(self, f.name).detach() for f in fields(self) if f.name != "samples"}
+        return replace(self, **tensors, samples=[])
+
     def preference(self) -> Tensor:
         """Relative preference (K,); positive for the modalities that lag."""
         return relative_preference(self.dist, self.mask)
@@ -129,12 +146,14 @@ def terms(
     *,
     present: Sequence[Mask] | None = None,
     distil: bool = True,
+    counted: Sequence[int] | None = None,
 ) -> Terms:
     """All losses of a batch x (B, K, D, H, W), class indices labels (B, D, H, W), one mask per sample.
 
     `present` is what the separate decoder learns from, by sample: `masks` if not given, and never less. Without
-    `distil` (the baseline) no student runs: kl, proto and dist are 0. Samples run one by one: masks differ, and
-    InstanceNorm makes a sample's result independent of its batch.
+    `distil` (the baseline) no student runs: kl, proto and dist are 0. `counted` are the classes with prototypes, those
+    that every sample of x has if not given: other ranks, or other batches of the step, may lack one. Samples run one by
+    one: masks differ, and InstanceNorm makes a sample's result independent of its batch.
     """
     present = masks if present is None else present
     samples = [
@@ -145,7 +164,7 @@ def terms(
     columns = len(masks[0])
     fuse, prm, sep = [], [], []
     kl, proto, dist = ([[zero] * columns for _ in samples] for _ in range(3))
-    counted = in_all([s.truth for s in samples])
+    counted = in_all([s.truth for s in samples]) if counted is None else counted
     for b, sample in enumerate(samples):
         fuse.append(supervised(probabilities(sample.teacher.logits), sample.truth))
         prm.append(total(deep_supervision(sample.teacher.logits, sample.teacher.deep, sample.truth)))
@@ -185,7 +204,7 @@ def matrix(rows: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _distil(
-    network: Backbone, sample: Sample, counted: list[int], zero: Tensor
+    network: Backbone, sample: Sample, counted: Sequence[int], zero: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     targets = SoftTargets.of(sample.teacher)
     with torch.no_grad():

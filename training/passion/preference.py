@@ -25,6 +25,12 @@ def relative_preference(dist: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask & (mean > 0), relative, torch.zeros_like(dist)).sum(0)
 
 
+def distances(dist: Tensor, mask: Tensor) -> Tensor:
+    """(2, K) float64 on the CPU: the sum of the distances (B, K) where the modality was present (B, K), how often."""
+    dist, mask = dist.detach().to("cpu", torch.float64), mask.cpu()
+    return torch.stack([torch.where(mask, dist, torch.zeros_like(dist)).sum(0), mask.sum(0).double()])
+
+
 @dataclass
 class Preference:
     """beta, the gradient-wise regularisation: one weight a modality, starting at 1, its l2 norm kept at sqrt(K).
@@ -53,9 +59,12 @@ class Preference:
 
     def record(self, dist: Tensor, mask: Tensor) -> None:
         """Add a step's distances (B, K) where the modality was present (B, K)."""
-        mask = mask.to(self.beta.device)
-        self._sum += torch.where(mask, dist.detach().to(self._sum), torch.zeros_like(self._sum)).sum(0)
-        self._steps += mask.sum(0)
+        self.add(distances(dist, mask))
+
+    def add(self, step: Tensor) -> None:
+        """Add `distances` (2, K) of all samples of a step."""
+        self._sum += step[0]
+        self._steps += step[1]
 
     def update(self, epoch: int) -> Tensor:
         """End of epoch (from 0): beta <- clamp(beta - eta rp, 0.1, 4), rescaled. Returns the mean distances (K,)."""

@@ -18,6 +18,8 @@ Gradients are those of `terms` and `backward`, but for the order in which they a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +29,13 @@ from training.passion.distillation import SoftTargets, pixel_wise, semantic_wise
 from training.passion.losses import Truth, deep_supervision, probabilities, supervised
 from training.passion.objective import Coefficients, Terms, in_all, matrix
 
-Weigh = Callable[[Tensor, Tensor], Coefficients]
-"""From `dist` (B, K) and `mask` (B, K) of a batch to the weights of its other losses."""
+Weigh = Callable[[Terms], Coefficients]
+"""From a batch's terms, in which `sep` is still 0, to their weights."""
 
 
 def staged(
     network: Backbone,
+    parameters: Sequence[Tensor],
     x: Tensor,
     labels: Tensor,
     masks: Sequence[Mask],
@@ -41,47 +44,98 @@ def staged(
     *,
     present: Sequence[Mask] | None = None,
     distil: bool = True,
-) -> Terms:
-    """`terms`, and the backward pass of the total that `weigh` makes of them: adds to the parameters' gradients.
+    counted: Sequence[int] | None = None,
+) -> tuple[Terms, dict[int, Tensor]]:
+    """`terms`, and the gradients of the total that `weigh` makes of them, by index in `parameters` where there are any.
 
     Arguments as `terms`; `weigh` is called once. The terms come without graph and without `samples`.
     """
     present = masks if present is None else present
     truths = [Truth.of(own, classes, x.dtype) for own in labels]
-    counted = in_all(truths)
+    counted = in_all(truths) if counted is None else counted
+    gradients = _Gradients(parameters)
     samples = []
     for b, truth in enumerate(truths):
-        sample = _Sample(network, x[b : b + 1], truth, masks[b], present[b])
+        sample = _Sample(network, gradients, x[b : b + 1], truth, masks[b], present[b])
         sample.run(counted, distil)
         samples.append(sample)
-    dist = matrix([s.dist for s in samples])
-    mask = torch.tensor([s.mask for s in samples], device=x.device)
-    weights = weigh(dist, mask)
-    for sample in samples:
-        sample.undo(weights)
-    return Terms(
+    losses = Terms(
         fuse=torch.stack([s.fuse for s in samples]),
         prm=torch.stack([s.prm for s in samples]),
         sep=matrix([s.sep for s in samples]),
         kl=matrix([s.kl for s in samples]),
         proto=matrix([s.proto for s in samples]),
-        dist=dist,
-        mask=mask,
+        dist=matrix([s.dist for s in samples]),
+        mask=torch.tensor([s.mask for s in samples], device=x.device),
         present=torch.tensor([s.present for s in samples], device=x.device),
         samples=[],
     )
+    weights = weigh(losses)
+    for sample in samples:
+        sample.undo(weights)
+    return replace(losses, sep=matrix([s.sep for s in samples])), gradients.found
+
+
+def with_gradients(total: Tensor, parameters: Sequence[Tensor], gradients: dict[int, Tensor]) -> Tensor:
+    """`total`, whose backward pass hands out these gradients, to hooks as those of DistributedDataParallel too."""
+    known: Tensor = _Known.apply(total, list(gradients.values()), *(parameters[i] for i in gradients))
+    return known
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *_parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(g.mul_(gradient) for g in gradients)
+
+
+class _Gradients:
+    """Gradients of parameters, added up over several backward passes."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self.found: dict[int, Tensor] = {}
+
+    def undo(
+        self, outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None], leaves: Sequence[Tensor] = ()
+    ) -> None:
+        """A backward pass from the outputs whose gradient is there to the parameters and the leaves."""
+        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y is not None and g is not None]
+        if not pairs:
+            return
+        ends = [*self._parameters, *leaves]
+        found = torch.autograd.grad([y for y, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
+        for i, gradient in enumerate(found):
+            if gradient is None:
+                continue
+            # Two of them may be views of one memory, as those of mmFormer's tokens and positions are: so what they are
+            # added up in must be their own.
+            if i >= len(self._parameters):
+                leaf = ends[i]
+                leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad.add_(gradient)
+            elif i in self.found:
+                self.found[i].add_(gradient)
+            else:
+                self.found[i] = gradient.clone()
 
 
 class _Sample:
     """One sample on its way through the stages."""
 
-    def __init__(self, network: Backbone, x: Tensor, truth: Truth, mask: Mask, present: Mask) -> None:
-        self.network, self.truth = network, truth
+    def __init__(
+        self, network: Backbone, gradients: _Gradients, x: Tensor, truth: Truth, mask: Mask, present: Mask
+    ) -> None:
+        self.network, self.gradients, self.truth = network, gradients, truth
         self.mask, self.present = tuple(mask), tuple(present)
         self.fuse = self.prm = x.new_zeros(())
         self.sep, self.kl, self.proto, self.dist = ([x.new_zeros(())] * len(self.mask) for _ in range(4))
         self._features = network.encode(x, present)
-        self._leaves: Features = [[None if f is None else _collecting(f) for f in level] for level in self._features]
+        self._leaves: Features = [[None if f is None else _leaf(f) for f in level] for level in self._features]
         self._paths: dict[int, _Path] = {}
         """By modality: its student, or the teacher where that is the same."""
 
@@ -102,7 +156,7 @@ class _Sample:
             return
         with torch.no_grad():
             goal = similarity(cut.feature, self.truth, counted) if distil else None
-        teacher.undo((1.0, sure))
+        self._undo_path(teacher, (1.0, sure))
         del teacher, cut, sure
         if targets is None or goal is None:
             return
@@ -121,7 +175,7 @@ class _Sample:
         of_sep, of_kl, of_proto = (w.tolist() for w in (weights.sep, weights.kl, weights.proto))
         for k in list(self._paths):
             path = self._paths.pop(k)
-            path.undo((1.0, path.sure), (of_kl[k], path.kl), (of_proto[k], path.proto))
+            self._undo_path(path, (1.0, path.sure), (of_kl[k], path.kl), (of_proto[k], path.proto))
             del path
         for k, is_there in enumerate(self.present):
             if is_there:
@@ -129,7 +183,8 @@ class _Sample:
                 leaves = [level[k] for level in self._leaves]
                 for level in self._leaves:
                     level[k] = None
-                _undo([level[k] for level in self._features], [None if f is None else f.grad for f in leaves])
+                of_leaves = [None if f is None else f.grad for f in leaves]
+                self.gradients.undo([level[k] for level in self._features], of_leaves)
                 for level in self._features:
                     level[k] = None
 
@@ -141,8 +196,13 @@ class _Sample:
             assert logits is not None
             loss = supervised(probabilities(logits), self.truth)
             if weight != 0:
-                (weight * loss).backward()
+                own = [f for level in alone for f in level if f is not None]
+                self.gradients.undo([loss], [loss.new_tensor(weight)], own)
         return loss.detach()
+
+    def _undo_path(self, path: _Path, *weighted: tuple[float, Gradients]) -> None:
+        leaves = [f for level in self._leaves for f in level if f is not None]
+        self.gradients.undo(_outputs(path.fused), path.summed(*weighted), leaves)
 
 
 Gradients = list[Tensor | None]
@@ -177,15 +237,15 @@ class _Path:
             leaf.grad = None
         return gradients
 
-    def undo(self, *weighted: tuple[float, Gradients]) -> None:
-        """Run the path's backward pass on a weighted sum of gradients."""
+    def summed(self, *weighted: tuple[float, Gradients]) -> Gradients:
+        """The weighted sum of gradients by output; writes into them."""
         sums: Gradients = [None] * len(_outputs(self.fused))
         for weight, gradients in weighted:
             for i, gradient in enumerate(gradients):
                 if gradient is not None and weight != 0:
                     so_far = sums[i]
                     sums[i] = gradient.mul_(weight) if so_far is None else so_far.add_(gradient, alpha=weight)
-        _undo(_outputs(self.fused), sums)
+        return sums
 
 
 def _outputs(fused: Fused) -> list[Tensor]:
@@ -194,20 +254,3 @@ def _outputs(fused: Fused) -> list[Tensor]:
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
-
-
-def _collecting(x: Tensor) -> Tensor:
-    """A leaf whose gradient has memory of its own.
-
-    Otherwise autograd makes the first gradient that comes the leaf's, and that may be a view of one that a parameter
-    took as its own too, as mmFormer's positions do: what is added to one is then added to both.
-    """
-    leaf = _leaf(x)
-    leaf.grad = torch.zeros_like(x)
-    return leaf
-
-
-def _undo(outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y is not None and g is not None]
-    if pairs:
-        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])

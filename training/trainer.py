@@ -23,7 +23,7 @@ from training.cases import PreparedCase, PreparedDataset
 from training.config import TrainConfig
 from training.device import choose_device, device_name
 from training.errors import UserError
-from training.loader import Batch, Subjects, batches
+from training.loader import Batch, Loader, Subjects
 from training.methods import build_method
 from training.missingness import MissingnessTable
 from training.passion.objective import Terms, terms
@@ -59,6 +59,7 @@ class Trainer:
         dataset = PreparedDataset.open(config.data)
         self.task = _task(dataset.task, config)
         self.subjects = _subjects(dataset, self.task, config)
+        self.loader = Loader(self.subjects, config.batch_size, config.workers, pin=self.device.type == "cuda")
         self.modal_weight = self._modal_weight().to(self.device)
         torch.manual_seed(config.seed)
         try:
@@ -88,7 +89,7 @@ class Trainer:
         self.config.out.mkdir(parents=True, exist_ok=True)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with RunLog(self.config.out, self.state.epoch) as log:
+            with self.loader, RunLog(self.config.out, self.state.epoch) as log:
                 while self.state.epoch < self.config.epochs:
                     if not self._epoch(on_step):
                         return False
@@ -180,10 +181,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.network.train()
-        loader = batches(
-            self.subjects, self.state.epoch, self.config.batch_size, self.config.workers, skip=self.state.step
-        )
-        for batch in loader:
+        for batch in self.loader.epoch(self.state.epoch, skip=self.state.step):
             started = time.monotonic()
             self.step(batch)
             self.state.step += 1

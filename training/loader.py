@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +17,7 @@ from training.augment import augment, crop_start
 from training.cases import PreparedCase
 from training.config import Regime
 from training.errors import UserError
+from training.loader_process import obey_parent, starting
 
 Mask = tuple[bool, ...]
 Sample = tuple[Tensor, Tensor, Mask, Mask]
@@ -122,7 +118,7 @@ class Loader:
             prefetch_factor=PREFETCH if workers else None,
             # As `training.parallel`: a child must not inherit threads, nor what they hold of locks and of CUDA.
             multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_obey_parent,
+            worker_init_fn=obey_parent,
             # Its own, or the loader draws from the generator that dropout uses, and a resumed run would differ.
             generator=torch.Generator(),
         )
@@ -132,7 +128,7 @@ class Loader:
         order = self.subjects.order(epoch)[skip * self.batch_size :]
         first = range(0, len(order), self.batch_size)
         self._to_draw[:] = [[(index, epoch) for index in order[i : i + self.batch_size]] for i in first]
-        with _start_of_workers():
+        with starting():
             drawn = iter(self._loader)
         for batch in drawn:
             if isinstance(batch, UserError):
@@ -185,41 +181,3 @@ def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
     x, labels, masks, present = zip(*drawn, strict=True)
     # In a worker, torch's own stacks straight into shared memory.
     return Batch(default_collate(list(x)), default_collate(list(labels)), list(masks), list(present))
-
-
-@contextmanager
-def _start_of_workers() -> Iterator[None]:
-    """Processes started in here leave signals to their parent, and start no threads to compute with."""
-    # The libraries under numpy start a thread per core when they are imported.
-    settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    before = {name: os.environ.get(name) for name in settings}
-    # Ctrl-C goes to every process of a terminal, a scheduler's SIGTERM to every process of a job. Both are the
-    # trainer's to answer, for which it still needs batches. A child starts with them blocked, as they are here.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _obey_parent(_number: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Waits until the parent says SIGTERM, which others may say in vain, or is gone, and ends this process."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    if not hasattr(signal, "sigtimedwait"):  # macOS
-        parent.join()
-        os._exit(1)
-    while parent.is_alive():
-        received = signal.sigtimedwait((signal.SIGTERM,), 1.0)
-        if received is not None and received.si_pid == parent.pid:
-            break
-    os._exit(0)

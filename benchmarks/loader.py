@@ -5,7 +5,8 @@
 Makes phantoms of 240x240x155 voxels, prepares them, and draws crops as training does, with the files in the system's
 memory (warm) and not (cold), from uniform places and half of them around a label. Then one training step at the same
 crop in the same run. Loader and step run one after the other, the loader in its one process and thread. Absolute
-figures depend on the machine and on what else runs on it: what counts is the ratio. Linux only.
+figures depend on the machine and on what else runs on it: what counts is the ratio, and, where others compute too, the
+processor time of a sample: a step with several threads suffers from them far more than the loader. Linux only.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ def main() -> None:
 
 def table(rows: list[dict]) -> str:
     """Markdown: a row per number of modalities, share of crops around a label, and state of the files."""
-    header = ["modalities", "`foreground`", "files", "loader, samples/s", "ms a sample", "read, MB a sample"]
-    header += ["steps/s", "times faster"]
+    header = ["modalities", "`foreground`", "files", "loader, samples/s", "processor, ms a sample"]
+    header += ["read, MB a sample", "steps/s", "times faster"]
     lines = []
     for row in rows:
         drawn, rate = row["loader"], row["loader"]["samples_per_s"]
         what = [str(row["modalities"]), f"{drawn['foreground']:g}", _state(drawn)]
-        cost = [f"{rate:.1f}", f"{1000 / rate:.1f}", f"{drawn['read_mb_per_sample']:.1f}"]
+        cost = [f"{rate:.1f}", f"{drawn['cpu_ms_per_sample']:.1f}", f"{drawn['read_mb_per_sample']:.1f}"]
         lines.append([*what, *cost, f"{1 / row['step']['best_warm_s']:.2f}", f"**{row['ratio']:.0f}**"])
     return markdown(header, lines, left=3)
 
@@ -103,23 +104,27 @@ def _prepared(folder: Path, subjects: int, shape: tuple[int, ...], crop: int) ->
 def _draw(
     data: PreparedDataset, present: list[str], crop: int, foreground: float, cold: bool, epochs: int
 ) -> dict[str, object]:
-    """Whole epochs, one more to begin with; cold: every file is dropped before each."""
+    """Whole epochs, one more to begin with; cold: every file is dropped before each, else all are read before."""
     cases = [data.case(case_id) for case_id in data.ids]
     subjects = Subjects(cases, [data.task.mask(present)] * len(cases), data.task, seed=1, foreground=foreground)
     files = sorted(data.root.glob("*/*.npy"))
-    seconds, read, size = 0.0, 0, 0
+    seconds, cpu, read, size = 0.0, 0.0, 0, 0
     with Loader(subjects, batch_size=1, workers=1) as loader:
         for epoch in range(epochs + 1):
-            if cold:
-                for file in files:
+            for file in files:
+                if cold:
                     drop(file)
-            before = _bytes_read()
+                elif epoch == 0:
+                    file.read_bytes()
+            before = _used()
             begun = time.perf_counter()
             for batch in loader.epoch(epoch):
                 size = sum(batch.masks[0]) * batch.x[0, 0].nbytes + batch.labels.nbytes
             if epoch:  # the first starts the process
                 seconds += time.perf_counter() - begun
-                read += _bytes_read() - before
+                after = _used()
+                cpu += after[0] - before[0]
+                read += after[1] - before[1]
     samples = epochs * len(cases)
     return {
         "present": present,
@@ -129,15 +134,18 @@ def _draw(
         "workers": 1,
         "samples": samples,
         "samples_per_s": samples / seconds,
+        "cpu_ms_per_sample": 1000 * cpu / samples,
         "read_mb_per_sample": read / samples / 1e6,
         "crop_mb": size / 1e6,
         "case_mb": sum(f.stat().st_size for f in files) / len(cases) / 1e6,
     }
 
 
-def _bytes_read() -> int:
-    """From the disk, by the loader's process."""
-    return sum(child.io_counters().read_bytes for child in psutil.Process().children())
+def _used() -> tuple[float, int]:
+    """Processor seconds, and bytes from the disk, of the loader's process."""
+    children = psutil.Process().children()
+    times = [child.cpu_times() for child in children]
+    return sum(t.user + t.system for t in times), sum(child.io_counters().read_bytes for child in children)
 
 
 def _step(arguments: argparse.Namespace, present: list[str]) -> dict:

@@ -12,10 +12,25 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from models.intake import Box
 from models.task import Task
 from training.errors import UserError
+from training.mapped import read_box, read_one
 
 Float = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.uint32]
+
+LABELS = "seg"
+LABELLED = "seg-labelled"
+"""The index of labelled voxels. No modality has a hyphen in its name, so none is called this."""
+
+_BY_MODALITY = ("mean", "std")
+
+
+def labelled_places(labels: Labels) -> Places:
+    """Where labels (X, Y, Z) are not background: places in C order, ascending, as `LABELLED`.npy holds them."""
+    return np.flatnonzero(labels).astype(np.uint32)  # MAX_WORKING_VOXELS is far below 2^32
 
 
 @dataclass(frozen=True)
@@ -31,11 +46,14 @@ class PreparedCase:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """case.json."""
+        """case.json. Raises `UserError` if it is not as `passion prepare` writes it."""
         try:
             record: dict[str, Any] = json.loads((self.folder / "case.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"{self.folder}: case.json is missing or damaged; run `passion prepare` again") from None
+            whole = len(record["shape"]) == 3 and all(record[k].keys() >= {*record["modalities"]} for k in _BY_MODALITY)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise self._problem("case.json is missing or damaged")
         return record
 
     @property
@@ -52,23 +70,71 @@ class PreparedCase:
 
     def image(self, modality: str) -> Float:
         """Memory map of a modality, float32."""
-        image: Float = self._map(f"{modality}.npy")
+        image: Float = self._volume(modality, np.float32)
         return image
 
-    def labels(self) -> npt.NDArray[np.uint8]:
+    def labels(self) -> Labels:
         """Memory map of the class indices, uint8."""
-        labels: npt.NDArray[np.uint8] = self._map("seg.npy")
+        labels: Labels = self._volume(LABELS, np.uint8)
         return labels
+
+    def normalised(self, modality: str, box: Box) -> Float:
+        """A box of a modality, normalised; outside the volume as its background. Only the box is read."""
+        image = read_box(self.image(modality), box)
+        mean, std = self.statistics(modality)
+        image -= np.float32(mean)
+        image /= np.float32(std)
+        return image
+
+    def classes(self, box: Box) -> Labels:
+        """A box of the class indices, 0 outside the volume. Only the box is read."""
+        return read_box(self.labels(), box)
 
     def statistics(self, modality: str) -> tuple[float, float]:
         """Mean and standard deviation inside the brain."""
         return self.record["mean"][modality], self.record["std"][modality]
 
+    def labelled_voxel(self, rng: np.random.Generator) -> tuple[int, int, int] | None:
+        """One of the voxels that are not background, drawn uniformly; None if there is none.
+
+        One page of the index is read and one of the labels. Folders without the index, of earlier versions, give the
+        same voxel for reading all labels. Raises `UserError` if the index is not that of the labels.
+        """
+        places, labels = self._labelled(), self.labels()
+        if len(places) == 0:
+            return None
+        place = int(read_one(places, int(rng.integers(len(places)))))
+        if place >= labels.size or not read_one(labels, place):
+            raise self._problem(f"{LABELLED}.npy does not fit {LABELS}.npy")
+        x, y, z = np.unravel_index(place, self.shape)
+        return int(x), int(y), int(z)
+
+    def _labelled(self) -> Places:
+        """The index of labelled voxels, memory-mapped where there is one."""
+        if not (self.folder / f"{LABELLED}.npy").exists():
+            return labelled_places(self.labels())
+        places: Places = self._map(LABELLED)
+        counts = self.record.get("label_voxels", [])
+        if places.ndim != 1 or places.dtype != np.uint32 or len(places) != sum(counts[1:]):
+            raise self._problem(f"{LABELLED}.npy does not fit case.json")
+        return places
+
+    def _volume(self, name: str, dtype: type[np.generic]) -> Any:
+        volume = self._map(name)
+        if volume.shape != self.shape or volume.dtype != dtype or not volume.flags.c_contiguous:
+            raise self._problem(
+                f"{name}.npy is {volume.dtype} {volume.shape} and not {np.dtype(dtype)} {self.shape} in C order"
+            )
+        return volume
+
     def _map(self, name: str) -> Any:
         try:
-            return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
-            raise UserError(f"{self.folder}: {name} is missing or damaged; run `passion prepare` again") from None
+            return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            raise self._problem(f"{name}.npy is missing or damaged") from None
+
+    def _problem(self, what: str) -> UserError:
+        return UserError(f"{self.folder}: {what}; run `passion prepare` again")
 
 
 @dataclass(frozen=True)

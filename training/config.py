@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     workers: int = Field(default=0, ge=0)
-    """Loader processes; 0 loads in the training process. Results do not depend on it."""
+    """Loader processes; 0 loads in the training process, which a GPU waits for. Results do not depend on it."""
 
     @classmethod
     def read(cls, path: Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:

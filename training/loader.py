@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from models.intake import Box
 from models.task import Task
 from training.augment import augment, crop_start
 from training.cases import PreparedCase
 from training.config import Regime
+from training.errors import UserError
+from training.loader_process import obey_parent, starting
 
 Mask = tuple[bool, ...]
 Sample = tuple[Tensor, Tensor, Mask, Mask]
+
+PREFETCH = 2
+"""Batches that a worker keeps ready, in shared memory."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Batch:
     """What the fused path is given."""
     present: list[Mask]
     """The modalities in x, never fewer than in `masks`."""
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; the name that torch's loader calls."""
+        return Batch(self.x.pin_memory(), self.labels.pin_memory(), self.masks, self.present)
 
 
 @dataclass(frozen=True)
@@ -67,59 +77,110 @@ class Subjects:
         # Under pdt everything is there: the separate decoder learns from all, whatever the fused path is given.
         present = self.masks[index] if self.regime == "pdt" else mask
         rng = np.random.default_rng([self.seed, epoch, index, 1])
-        labels = case.labels()
-        centre = None
-        if rng.random() < self.foreground:
-            places = np.argwhere(labels)
-            if len(places):
-                centre = places[rng.integers(len(places))]
+        centre = case.labelled_voxel(rng) if rng.random() < self.foreground else None
         start = crop_start(case.shape, size, rng, centre)
         box = Box(
             (start[0], start[1], start[2]), (start[0] + size[0], start[1] + size[1], start[2] + size[2])
         )  # reaches outside, into 0, where the case is smaller than a crop
         there = [name for name, has in zip(self.task.names, present, strict=True) if has]
-        images = []
-        for name in there:
-            mean, std = case.statistics(name)
-            images.append((box.cut(case.image(name)) - np.float32(mean)) / np.float32(std))
-        cropped = np.asarray(box.cut(labels), np.uint8)
-        augmented, cropped = augment(np.stack(images).astype(np.float32), cropped, rng)
+        images = np.stack([case.normalised(name, box) for name in there])
+        augmented, labels = augment(images, case.classes(box), rng)
         x = np.zeros((len(present), *size), np.float32)
         x[list(present)] = augmented
-        return torch.from_numpy(x), torch.from_numpy(cropped), mask, present
+        return torch.from_numpy(x), torch.from_numpy(labels), mask, present
 
 
-class _Epoch(Dataset[Sample]):
-    def __init__(self, subjects: Subjects, epoch: int, order: list[int]) -> None:
-        self.subjects, self.epoch, self.order = subjects, epoch, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: int) -> Sample:
-        return self.subjects.draw(self.order[position], self.epoch)
+Draw = tuple[int, int]
+"""A subject and an epoch."""
 
 
-def batches(
-    subjects: Subjects,
-    epoch: int,
-    batch_size: int,
-    workers: int,
-    skip: int = 0,
-    order: list[int] | None = None,
-) -> Iterator[Batch]:
-    """The batches of an epoch, from number `skip` on; of the subjects in `order` where they are but a rank's share."""
-    order = (subjects.order(epoch) if order is None else order)[skip * batch_size :]
-    yield from DataLoader(
-        _Epoch(subjects, epoch, order),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        # Its own, or the loader draws from the generator that dropout uses, and a resumed run would differ.
-        generator=torch.Generator(),
-    )
+class Loader:
+    """Batches, epoch after epoch, drawn by `workers` processes that live from the first epoch to `close`.
+
+    0 workers draw in this process, when a batch is asked for. The batches are the same for any number. `pin`: in
+    page-locked memory, from which a copy to a GPU runs beside the work on it.
+
+        with Loader(subjects, batch_size=1, workers=2) as loader:
+            for batch in loader.epoch(0):
+                ...
+    """
+
+    def __init__(self, subjects: Subjects, batch_size: int, workers: int, pin: bool = False) -> None:
+        self.subjects, self.batch_size = subjects, batch_size
+        self._to_draw: list[list[Draw]] = []
+        self._loader = DataLoader(
+            _Samples(subjects),
+            batch_sampler=self._to_draw,  # read anew in every epoch
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            # As `training.parallel`: a child must not inherit threads, nor what they hold of locks and of CUDA.
+            multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=obey_parent,
+            # Its own, or the loader draws from the generator that dropout uses, and a resumed run would differ.
+            generator=torch.Generator(),
+        )
+
+    def epoch(self, epoch: int, skip: int = 0, order: Sequence[int] | None = None) -> Iterator[Batch]:
+        """The batches of an epoch, from number `skip` on; of the subjects in `order` where they are but a rank's share.
+
+        Raises `UserError` for a prepared case that is damaged.
+        """
+        order = (self.subjects.order(epoch) if order is None else order)[skip * self.batch_size :]
+        first = range(0, len(order), self.batch_size)
+        self._to_draw[:] = [[(index, epoch) for index in order[i : i + self.batch_size]] for i in first]
+        with starting():
+            drawn = iter(self._loader)
+        for batch in drawn:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """End the worker processes, if there are any; a later epoch starts new ones."""
+        running = self._loader._iterator
+        self._loader._iterator = None
+        if isinstance(running, _MultiProcessingDataLoaderIter):
+            running._shutdown_workers()  # not left to its last reference: a traceback may hold one
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Close. A worker's death, which torch reports wherever the training process stands, is put as `UserError`."""
+        self.close()
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            raise UserError(
+                f"a process of the loader was killed ({' '.join(str(error).split())}), perhaps for want of memory or "
+                "of shared memory (/dev/shm): lower `workers`"
+            ) from None
 
 
-def _collate(samples: list[Sample]) -> Batch:
-    x, labels, masks, present = zip(*samples, strict=True)
-    return Batch(torch.stack(x), torch.stack(labels), list(masks), list(present))
+def batches(subjects: Subjects, epoch: int, batch_size: int, workers: int, skip: int = 0) -> Iterator[Batch]:
+    """The batches of one epoch alone, from number `skip` on."""
+    with Loader(subjects, batch_size, workers) as loader:
+        yield from loader.epoch(epoch, skip)
+
+
+class _Samples(Dataset[Sample | UserError]):
+    def __init__(self, subjects: Subjects) -> None:
+        self.subjects = subjects
+
+    def __getitem__(self, draw: Draw) -> Sample | UserError:
+        try:
+            return self.subjects.draw(*draw)
+        except UserError as error:
+            return error  # raised in a worker, torch would wrap its one line in a traceback
+
+
+def _collate(samples: list[Sample | UserError]) -> Batch | UserError:
+    drawn = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        drawn.append(sample)
+    x, labels, masks, present = zip(*drawn, strict=True)
+    # In a worker, torch's own stacks straight into shared memory.
+    return Batch(default_collate(list(x)), default_collate(list(labels)), list(masks), list(present))

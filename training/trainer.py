@@ -25,7 +25,7 @@ from training.cases import PreparedCase, PreparedDataset
 from training.config import TrainConfig
 from training.device import choose_device, device_name
 from training.errors import UserError
-from training.loader import Batch, Subjects, batches
+from training.loader import Batch, Loader, Subjects
 from training.loss import Loss, Outcome
 from training.methods import build_method
 from training.missingness import MissingnessTable
@@ -73,6 +73,7 @@ class Trainer:
         self.task = _task(dataset.task, config)
         self.subjects = _subjects(dataset, self.task, config)
         self._check_ranks()
+        self.loader = Loader(self.subjects, config.batch_size, config.workers, pin=self.device.type == "cuda")
         self.modal_weight = self._modal_weight().to(self.device)
         torch.manual_seed(config.seed)
         try:
@@ -111,7 +112,8 @@ class Trainer:
             self.config.out.mkdir(parents=True, exist_ok=True)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with RunLog(self.config.out, self.state.epoch) if self.ranks.main else nullcontext() as log:
+            log_file = RunLog(self.config.out, self.state.epoch) if self.ranks.main else nullcontext()
+            with self.loader, log_file as log:
                 while self.state.epoch < self.config.epochs:
                     if not self._epoch(on_step):
                         return False
@@ -260,7 +262,7 @@ class Trainer:
         config, state = self.config, self.state
         order = self.ranks.share(self.subjects.order(state.epoch), self._share)
         skip = state.step * config.accumulate
-        loader = batches(self.subjects, state.epoch, config.batch_size, config.workers, skip, order)
+        loader = self.loader.epoch(state.epoch, skip, order)
         for _ in range(state.step, self.steps):
             yield list(islice(loader, config.accumulate)) or [self._no_batch()]
 

@@ -1,8 +1,9 @@
 """Crops and their augmentation."""
 
 import numpy as np
+from scipy.ndimage import rotate
 
-from training.augment import OUTSIDE, augment, crop_start
+from training.augment import OUTSIDE, PLANES, augment, crop_start
 
 
 def test_crops_stay_inside_and_reach_every_place():
@@ -15,7 +16,7 @@ def test_crops_stay_inside_and_reach_every_place():
 
 def test_a_centred_crop_holds_its_centre():
     for centre in ([0, 0, 0], [10, 19, 5], [19, 19, 19]):
-        start = crop_start((20, 20, 20), (8, 8, 8), np.random.default_rng(0), np.array(centre))
+        start = crop_start((20, 20, 20), (8, 8, 8), np.random.default_rng(0), tuple(centre))
         assert all(s <= c < s + 8 and 0 <= s <= 12 for s, c in zip(start, centre, strict=True))
 
 
@@ -42,3 +43,33 @@ def test_intensities_change_within_the_published_range():
     assert 0.8 <= min(seen) < 0.85
     assert 1.15 < max(seen) <= 1.2
     assert OUTSIDE == -1
+
+
+def test_voxels_move_as_scipys_rotation_and_numpys_flips_move_them():
+    """The same draws, written plainly: channel by channel, one operation after the other."""
+    noise = np.random.default_rng(0)
+    images = noise.normal(size=(3, 20, 17, 24)).astype(np.float32)
+    labels = noise.integers(0, 4, (20, 17, 24)).astype(np.uint8)
+    angles, planes = set(), set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        plane = PLANES[rng.integers(3)]
+        angle = int(rng.integers(-10, 10))
+        wanted = np.stack([rotate(i, angle, axes=plane, reshape=False, order=0, cval=-1.0) for i in images])
+        wanted_labels = rotate(labels, angle, axes=plane, reshape=False, order=0, cval=0)
+        scale, shift = (
+            rng.uniform(low, high, (3, 1, 1, 1)).astype(np.float32) for low, high in ((0.9, 1.1), (-0.1, 0.1))
+        )
+        wanted = wanted * scale + shift
+        for axis in range(3):
+            if rng.random() < 0.5:
+                wanted, wanted_labels = np.flip(wanted, axis + 1), np.flip(wanted_labels, axis)
+        given = images.copy(), labels.copy()
+        moved, moved_labels = augment(*given, np.random.default_rng(seed))
+        assert np.array_equal(moved, wanted)
+        assert np.array_equal(moved_labels, wanted_labels)
+        assert (moved.dtype, moved_labels.dtype) == (np.float32, np.uint8)
+        assert np.array_equal(given[0], images)
+        angles.add(angle)
+        planes.add(plane)
+    assert (len(angles), len(planes)) == (20, 3)

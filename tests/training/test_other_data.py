@@ -80,7 +80,7 @@ def test_hearts_with_files_missing_from_raw_to_mask(tmp_path, one_thread):
         assert tuple(case.modalities) == sequences[case.id]
         # However the stack lies in the body, slices are on the third axis: 5 x 15 mm in steps of 5 mm, padded to 16.
         assert case.shape == (24, 24, 16)
-        assert {path.stem for path in case.folder.glob("*.npy")} == {*sequences[case.id], "seg"}
+        assert {path.stem for path in case.folder.glob("*.npy")} == {*sequences[case.id], "seg", "seg-labelled"}
         assert set(np.unique(case.labels())) == {0, 1, 2, 3, 4, 5}
 
     lists = tmp_path / "lists"

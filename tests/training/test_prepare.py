@@ -357,6 +357,8 @@ def test_a_damaged_prepared_case_is_made_again(source, out):
     prepare_dataset(source, out, TASK)
     (out / "good" / "t1.npy").unlink()
     assert prepare_dataset(source, out, TASK).prepared == ["good"]
+    (out / "good" / "seg-labelled.npy").unlink()  # as an earlier version left it
+    assert prepare_dataset(source, out, TASK).prepared == ["good"]
     (out / "good" / "case.json").write_text("{")
     assert prepare_dataset(source, out, TASK).prepared == ["good"]
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from models.intake import statistics, take_in
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, load_image
+from training.cases import LABELLED, LABELS, labelled_places
 from training.prepare.raw_case import RawCase
 
 PARTIAL = ".partial-"
@@ -41,7 +42,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """`case.json` of a prepared subject whose arrays are all there, else None."""
     try:
         record: dict[str, Any] = json.loads((folder / "case.json").read_text())
-        arrays = [f"{name}.npy" for name in (*record["modalities"], "seg")]
+        arrays = [f"{name}.npy" for name in (*record["modalities"], LABELS, LABELLED)]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if all((folder / a).is_file() for a in arrays) else None
@@ -51,7 +52,8 @@ def convert(case: RawCase, task: Task, out: Path) -> dict[str, Any]:
     """Prepare one subject into `out/<id>`, whole or not at all; returns its record.
 
     Arrays are float32 (images) and uint8 class indices (seg), C-order, on the task's orientation and spacing, cropped
-    to the brain as `models.intake` crops for serving, not normalised. Raises `BrokenCaseError`.
+    to the brain as `models.intake` crops for serving, not normalised; and the places of the labelled voxels, so that
+    a crop around one is found without reading all labels. Raises `BrokenCaseError`.
     """
     if case.problem is not None or case.labels is None:
         raise BrokenCaseError(case.problem or "no segmentation")
@@ -88,7 +90,7 @@ def convert(case: RawCase, task: Task, out: Path) -> dict[str, Any]:
         "label_values": sorted(int(v) for v in np.unique(values)),
         "source": fingerprint(case, task),
     }
-    _write(out, case.id, {**intake.arrays, "seg": labels}, record)
+    _write(out, case.id, {**intake.arrays, LABELS: labels, LABELLED: labelled_places(labels)}, record)
     return record
 
 

@@ -133,7 +133,13 @@ class Loader:
         self._to_draw[:] = [[(index, epoch) for index in order[i : i + self.batch_size]] for i in first]
         with starting():
             drawn = iter(self._loader)
-        for batch in drawn:
+        while True:
+            try:
+                batch: Batch | UserError | None = next(drawn, None)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:  # it died as it handed a batch over
+                raise _killed(error) from None
+            if batch is None:
+                return
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -150,18 +156,31 @@ class Loader:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Close. A worker's death, which torch reports wherever the training process stands, is put as `UserError`."""
-        self.close()
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            raise UserError(
-                f"a process of the loader was killed ({' '.join(str(error).split())}), perhaps for want of memory or "
-                "of shared memory (/dev/shm): lower `workers`"
-            ) from None
+        try:
+            self.close()
+        except RuntimeError as death:  # even here
+            if not _is_death(death):
+                raise
+            raise _killed(death) from None
+        if _is_death(error):
+            raise _killed(error) from None
 
 
 def batches(subjects: Subjects, epoch: int, batch_size: int, workers: int, skip: int = 0) -> Iterator[Batch]:
     """The batches of one epoch alone, from number `skip` on."""
     with Loader(subjects, batch_size, workers) as loader:
         yield from loader.epoch(epoch, skip)
+
+
+def _is_death(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _killed(error: BaseException | None) -> UserError:
+    return UserError(
+        f"a process of the loader was killed ({' '.join(str(error).split())}), perhaps for want of memory or of shared "
+        "memory (/dev/shm): lower `workers`"
+    )
 
 
 class _Samples(Dataset[Sample | UserError]):

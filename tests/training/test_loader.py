@@ -328,9 +328,7 @@ def test_a_killed_process_is_one_line_with_a_remedy(subjects):
                 if number == 0:
                     processes()[0].kill()
 
-    with pytest.raises(
-        UserError, match=r"a process of the loader was killed.*DataLoader worker.*lower `workers`"
-    ) as caught:
+    with pytest.raises(UserError, match=r"a process of the loader was killed.*lower `workers`") as caught:
         run()
     assert "\n" not in str(caught.value)
 

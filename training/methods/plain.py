@@ -18,8 +18,8 @@ class Plain:
     waits = False
 
     def give(self, _losses: Terms, _number: int) -> Tensor:
-        """Never asked: there are no sums."""
-        raise NotImplementedError
+        """There are no sums."""
+        return torch.zeros(0, dtype=torch.float64)
 
     def take(self, _whole: Tensor, _number: int) -> None:
         """Nothing to take."""

@@ -35,7 +35,9 @@ def prepared(folder: Path, ids: list[str], lacking: dict[str, tuple[str, ...]] |
     for name in ids:
         (folder / name).mkdir(parents=True)
         has = [m for m in GLIOMA.names if m not in (lacking or {}).get(name, ())]
-        (folder / name / "case.json").write_text(json.dumps({"id": name, "modalities": has}))
+        numbers = dict.fromkeys(has, 1.0)
+        record = {"id": name, "modalities": has, "shape": [4, 4, 4], "mean": numbers, "std": numbers}
+        (folder / name / "case.json").write_text(json.dumps(record))
     content = {"schema_version": 1, "task": GLIOMA.model_dump(mode="json"), "cases": ids}
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder

@@ -31,6 +31,8 @@ from training.passion.objective import Coefficients, Terms, in_all, matrix
 
 Weigh = Callable[[Terms], Coefficients]
 """From a batch's terms, in which `sep` is still 0, to their weights."""
+ByOutput = list[Tensor | None]
+"""Gradients of a path's outputs, in the order of `_outputs`."""
 
 
 def staged(
@@ -200,12 +202,9 @@ class _Sample:
                 self.gradients.undo([loss], [loss.new_tensor(weight)], own)
         return loss.detach()
 
-    def _undo_path(self, path: _Path, *weighted: tuple[float, Gradients]) -> None:
+    def _undo_path(self, path: _Path, *weighted: tuple[float, ByOutput]) -> None:
         leaves = [f for level in self._leaves for f in level if f is not None]
         self.gradients.undo(_outputs(path.fused), path.summed(*weighted), leaves)
-
-
-Gradients = list[Tensor | None]
 
 
 class _Path:
@@ -216,10 +215,10 @@ class _Path:
         """With graph."""
         self.leaves = Fused(_leaf(fused.logits), _leaf(fused.feature), [_leaf(d) for d in fused.deep])
         """The same values without; they collect the losses' gradients."""
-        self.sure: Gradients = []
+        self.sure: ByOutput = []
         """Gradients of losses with weight 1, by output."""
-        self.kl: Gradients = []
-        self.proto: Gradients = []
+        self.kl: ByOutput = []
+        self.proto: ByOutput = []
 
     def collect(self, losses: Iterable[Tensor]) -> Tensor:
         """Undo losses of the leaves, each as soon as it is there; their sum."""
@@ -229,7 +228,7 @@ class _Path:
             values.append(loss.detach())
         return torch.stack(values).sum()
 
-    def taken(self) -> Gradients:
+    def taken(self) -> ByOutput:
         """What the leaves have collected; they start anew."""
         leaves = _outputs(self.leaves)
         gradients = [leaf.grad for leaf in leaves]
@@ -237,9 +236,9 @@ class _Path:
             leaf.grad = None
         return gradients
 
-    def summed(self, *weighted: tuple[float, Gradients]) -> Gradients:
+    def summed(self, *weighted: tuple[float, ByOutput]) -> ByOutput:
         """The weighted sum of gradients by output; writes into them."""
-        sums: Gradients = [None] * len(_outputs(self.fused))
+        sums: ByOutput = [None] * len(_outputs(self.fused))
         for weight, gradients in weighted:
             for i, gradient in enumerate(gradients):
                 if gradient is not None and weight != 0:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.folding import fold, fold_of, folded_weight, unfold
 from models.layout import is_channels_last, like, rows, volume
 
 BEYOND = (1,) * 6
@@ -29,6 +30,11 @@ def convolve(
     if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in parts)):
         y: Tensor = _Convolve.apply(weight, bias, stride, border, *parts)
         return y
+    n = fold_of(weight) if stride == 1 and is_channels_last(parts[0]) and parts[0].shape[-1] % 4 == 0 else 1
+    while parts[0].shape[-1] % n:
+        n //= 2
+    if n > 1:
+        return unfold(_convolve(fold(_padded(parts, border, n), n), folded_weight(weight, n), bias.repeat(n), 1), n)
     return _convolve(_padded(parts, border), weight, bias, stride)
 
 
@@ -68,21 +74,22 @@ class _Convolve(torch.autograd.Function):
         return of_weight, of_bias, None, None, *of_parts
 
 
-def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
+def _padded(parts: Sequence[Tensor], border: Border, beyond: int = 2) -> Tensor:
     """The parts side by side along channels, with a voxel more beyond every face."""
     if not is_channels_last(parts[0]):
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         return F.pad(whole, BEYOND, mode="reflect" if border == "reflect" else "constant")
     # Channels last, torch's concatenation and its padding take several times as long as these copies.
     batch, _, *size = parts[0].shape
-    shape = (batch, sum(p.shape[1] for p in parts), *(s + 2 for s in size))
+    shape = (batch, sum(p.shape[1] for p in parts), size[0] + 2, size[1] + 2, size[2] + beyond)
     padded = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, memory_format=torch.channels_last_3d)
     at = 0
     for part in parts:
-        padded[:, at : at + part.shape[1], 1:-1, 1:-1, 1:-1] = part
+        padded[:, at : at + part.shape[1], 1:-1, 1:-1, 1 : 1 + size[2]] = part
         at += part.shape[1]
+    padded[..., 2 + size[2] :] = 0
     for axis in (2, 3, 4):
-        for face, inner in ((0, 2), (-1, -3)):
+        for face, inner in ((0, 2), (size[axis - 2] + 1, size[axis - 2] - 1)):
             if border == "reflect":
                 padded.select(axis, face).copy_(padded.select(axis, inner))
             else:

@@ -8,9 +8,10 @@ import torch
 from models.checkpoint import Checkpoint
 from models.intake import take_in
 from models.layout import in_fast_layout
-from models.predictor import Predictor, window_count
+from models.predictor import Predictor
 from models.task import TaskError
 from models.volume import Volume, VolumeError
+from models.windows import Windows
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_probabilities_are_the_uniform_mean_over_windows(predictor, scans):
                     total[(slice(None), *place)] += network.fuse(network.encode(patch, mask), mask).logits.softmax(1)[0]
                     count[place] += 1
                     windows += 1
-    assert windows == window_count(intake.box.shape, (16, 16, 16))
+    assert windows == len(Windows(intake.box.shape, (16, 16, 16), 0.5))
     np.testing.assert_allclose(predictor.probabilities(intake), (total / count).numpy(), atol=2e-6)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.folding import fold, fold_of, folded_weight, unfold
+from models import slabs
 from models.layout import is_channels_last, like, rows, volume
 
 BEYOND = (1,) * 6
@@ -30,12 +30,15 @@ def convolve(
     if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in parts)):
         y: Tensor = _Convolve.apply(weight, bias, stride, border, *parts)
         return y
-    n = fold_of(weight) if stride == 1 and is_channels_last(parts[0]) and parts[0].shape[-1] % 4 == 0 else 1
-    while parts[0].shape[-1] % n:
-        n //= 2
-    if n > 1:
-        return unfold(_convolve(fold(_padded(parts, border, n), n), folded_weight(weight, n), bias.repeat(n), 1), n)
+    if slabs.suit(*parts):
+        made = slabs.convolve(parts, weight, bias, stride, border == "reflect")
+        return slabs.joined(made, convolved_shape(parts[0], weight, stride))
     return _convolve(_padded(parts, border), weight, bias, stride)
+
+
+def convolved_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
+    """Of what a convolution of x gives: (B, cout, D/stride, H/stride, W/stride)."""
+    return len(x), len(weight), *(-(-s // stride) for s in x.shape[2:])
 
 
 def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -44,6 +47,8 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     weight (cout, sum of c_i, 1, 1, 1); gives (B, cout, D, H, W).
     """
     first = parts[0]
+    if slabs.suit(*parts):
+        return slabs.joined(slabs.pointwise(parts, weight, bias), convolved_shape(first, weight, 1))
     columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
     if is_channels_last(first):
         by_voxel = bias
@@ -74,22 +79,21 @@ class _Convolve(torch.autograd.Function):
         return of_weight, of_bias, None, None, *of_parts
 
 
-def _padded(parts: Sequence[Tensor], border: Border, beyond: int = 2) -> Tensor:
+def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
     """The parts side by side along channels, with a voxel more beyond every face."""
     if not is_channels_last(parts[0]):
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         return F.pad(whole, BEYOND, mode="reflect" if border == "reflect" else "constant")
     # Channels last, torch's concatenation and its padding take several times as long as these copies.
     batch, _, *size = parts[0].shape
-    shape = (batch, sum(p.shape[1] for p in parts), size[0] + 2, size[1] + 2, size[2] + beyond)
+    shape = (batch, sum(p.shape[1] for p in parts), *(s + 2 for s in size))
     padded = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, memory_format=torch.channels_last_3d)
     at = 0
     for part in parts:
-        padded[:, at : at + part.shape[1], 1:-1, 1:-1, 1 : 1 + size[2]] = part
+        padded[:, at : at + part.shape[1], 1:-1, 1:-1, 1:-1] = part
         at += part.shape[1]
-    padded[..., 2 + size[2] :] = 0
     for axis in (2, 3, 4):
-        for face, inner in ((0, 2), (size[axis - 2] + 1, size[axis - 2] - 1)):
+        for face, inner in ((0, 2), (-1, -3)):
             if border == "reflect":
                 padded.select(axis, face).copy_(padded.select(axis, inner))
             else:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.layout import is_channels_last, like, rows, volume
-
-
-CHUNK = 8192
-"""Voxels at a time, whose maps of all regions fit into a core's cache."""
+from models.layout import like, rows, volume
 
 
 def region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -25,32 +20,7 @@ def region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, mat
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weights, matrix, *features)):
         y: Tensor = _RegionSum.apply(regions, weights, matrix, bias, *features)
         return y
-    if is_channels_last(features[0]):
-        return _in_chunks(features, regions, weights, matrix, bias)
     return _region_sum(features, regions, weights, matrix, bias)
-
-
-def _in_chunks(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """`_region_sum` without gradients and channels last: some voxels after the other, which stay in the cache.
-
-    sum_r p_r (sum_k w_{r,k} f_k) M_r: the weights go into the matrices, so that one product gives all regions' maps.
-    """
-    batch, _, *size = regions.shape
-    cout, count = len(matrix), regions.shape[1]
-    blocks = matrix.flatten(1).unflatten(1, (count, -1))  # (cout, R, c)
-    by_region = torch.einsum("brk,orc->bkcro", weights, blocks).flatten(3).flatten(1, 2)  # (B, P * c, R * cout)
-    spread = torch.eye(count, dtype=matrix.dtype, device=matrix.device).repeat_interleave(cout, 1)  # (R, R * cout)
-    together = torch.eye(cout, dtype=matrix.dtype, device=matrix.device).repeat(count, 1)  # (R * cout, cout)
-    voxels = prod(size)
-    out = regions.new_empty(batch, voxels, cout)
-    for b in range(batch):
-        parts, p = [rows(f[b : b + 1])[0] for f in features], rows(regions[b : b + 1])[0]
-        for start in range(0, voxels, CHUNK):
-            here = slice(start, start + CHUNK)
-            f = torch.cat([part[here] for part in parts], dim=1) if len(parts) > 1 else parts[0][here]
-            maps = torch.mm(f, by_region[b]).mul_(torch.mm(p[here], spread))
-            torch.addmm(bias, maps, together, out=out[b, here])
-    return volume(out, size)
 
 
 class _RegionSum(torch.autograd.Function):

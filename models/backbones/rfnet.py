@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models import slabs
 from models.backbone import Features, Fused, Mask
 from models.blocks import (
     ConvNormAct,
@@ -83,7 +84,11 @@ class RegionFusion(nn.Module):
         """present: P times (B, c, d, h, w), regions p (B, C, d, h, w), weights w (B, C, P) -> (B, c / 2, d, h, w)."""
         first, *others = self.fusion_layer
         matrix, bias = (first.get_parameter(f"conv.{name}") for name in ("weight", "bias"))
-        x = norm_act(region_sum(present, regions, weights, matrix, bias))
+        if slabs.suit(*present, regions):
+            made = slabs.region_sum(present, regions, weights, matrix, bias)
+            x = slabs.norm_act(made, (len(regions), len(matrix), *regions.shape[2:]))
+        else:
+            x = norm_act(region_sum(present, regions, weights, matrix, bias))
         for layer in others:
             x = layer(x)
         return x

@@ -1,0 +1,240 @@
+"""Inference on a CPU, slab by slab: what is made of some planes is used while the processor's cache still has it.
+
+A layer without gradients need keep nothing. Its volume (B, c, D, H, W), channels last, is made in slabs, matrices (n, c)
+of n voxels each: every function here that makes them yields them in order, and `joined` or `norm_act` puts them
+together. The sums are those of `models.convolution`, `models.normalisation` and `models.region_sum`.
+
+Convolutions of few channels put neighbouring voxels side by side: a vector register holds `LANES` channels, and one to 8
+channels wastes half of it. Channels last, n voxels along the last axis with c channels each lie in memory as one voxel
+with n * c channels does. n outputs need n + 2 inputs, two such voxels: a kernel of 3 x 3 x 2 with some weights 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import gcd, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layout import is_channels_last, volume
+
+SLOPE = 0.2
+EPS = 1e-5
+SLAB_BYTES = 2**21
+"""Of a slab's padded input: with what is made of it, about what a core's caches hold."""
+LANES = 16
+"""Numbers in single precision that a vector register holds (AVX-512)."""
+
+
+def suit(*volumes: Tensor) -> bool:
+    """Whether a layer of these inputs (B, c, D, H, W) can be made here: without gradients, on a CPU, channels last, in
+    single precision."""
+    return not torch.is_grad_enabled() and all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and is_channels_last(x) for x in volumes
+    ) and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")  # fmt: skip
+
+
+def joined(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+    """The slabs of a volume as that volume, of `shape` (B, c, D, H, W)."""
+    out, at = _empty(shape), 0
+    matrix = out.view(-1, shape[1])
+    for slab in slabs:
+        matrix[at : at + len(slab)] = slab
+        at += len(slab)
+    return volume(out, shape[2:])
+
+
+def norm_act(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+    """InstanceNorm without affine, then LeakyReLU(0.2), of the volume of `shape` (B, c, D, H, W) that slabs are of.
+
+    No slab may hold voxels of two samples.
+    """
+    out, voxels, at = _empty(shape), prod(shape[2:]), 0
+    matrix, of_sample = out.view(-1, shape[1]), _Moments(voxels)
+    for slab in slabs:
+        of_sample.add(slab)
+        if of_sample.whole:
+            mean, inverse_deviation = of_sample.mean_and_inverse_deviation()
+            for kept in of_sample.slabs:
+                wide = _wide(kept)
+                place = matrix[at : at + len(kept)].view(wide.shape)
+                repeats = wide.shape[1] // shape[1]
+                torch.sub(wide, mean.repeat(repeats), out=place)
+                F.leaky_relu_(place.mul_(inverse_deviation.repeat(repeats)), SLOPE)
+                at += len(kept)
+            of_sample = _Moments(voxels)
+    return volume(out, shape[2:])
+
+
+class _Moments:
+    """Mean and variance per channel of a sample's voxels, summed up slab by slab.
+
+    Around the first slab's mean, which is the mean of a share of all voxels: so the squares' sum loses no digits.
+    """
+
+    def __init__(self, voxels: int) -> None:
+        self.slabs: list[Tensor] = []
+        self._voxels = voxels
+        self._left = voxels
+
+    @property
+    def whole(self) -> bool:
+        return self._left == 0
+
+    def add(self, slab: Tensor) -> None:
+        channels = slab.shape[1]
+        wide = _wide(slab)
+        repeats = wide.shape[1] // channels
+        if not self.slabs:
+            self._about = _per_channel(wide, channels) / len(slab)
+            self._sum, self._squares = torch.zeros_like(self._about), torch.zeros_like(self._about)
+        off = wide - self._about.repeat(repeats)
+        self._sum += _per_channel(off, channels)
+        self._squares += _per_channel(off.square_(), channels)
+        self.slabs.append(slab)
+        self._left -= len(slab)
+
+    def mean_and_inverse_deviation(self) -> tuple[Tensor, Tensor]:
+        off = self._sum / self._voxels
+        variance = (self._squares / self._voxels - off.square()).clamp_min(0)
+        return self._about + off, (variance + EPS).rsqrt()
+
+
+def of_volume(x: Tensor) -> Iterator[Tensor]:
+    """The slabs of x (B, c, D, H, W): views."""
+    matrix, voxels = _matrix(x), prod(x.shape[2:])
+    most = max(SLAB_BYTES // (4 * x.shape[1]) // 64 * 64, 64)
+    for sample in range(len(x)):
+        yield from matrix[sample * voxels : (sample + 1) * voxels].split(most)
+
+
+def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int, reflect: bool) -> Iterator[Tensor]:
+    """As `models.convolution.convolve`."""
+    batch, _, *(depth, height, width) = parts[0].shape
+    (cout, cin), n = weight.shape[:2], _fold(weight, stride, width)
+    folded, bias = (_folded(weight, n), bias.repeat(n)) if n > 1 else (weight, bias)
+    beyond = max(n, 2)
+    planes = max(SLAB_BYTES // (4 * cin * (height + 2) * (width + beyond) * stride), 1)
+    sources = [part.movedim(1, -1) for part in parts]
+    # The last columns of a folded volume meet weights of 0 only; what never was written might be NaN.
+    padded = parts[0].new_zeros((planes - 1) * stride + 3, height + 2, width + beyond, cin)
+    for sample in range(batch):
+        for start in range(0, -(-depth // stride), planes):
+            count = min(planes, -(-depth // stride) - start)
+            into = padded[: (count - 1) * stride + 3]
+            _pad([source[sample] for source in sources], into, start * stride - 1, reflect)
+            x = into.view(1, len(into), height + 2, (width + beyond) // n, n * cin).movedim(-1, 1)
+            # Not `conv3d`: of small volumes it makes a convolution of its own, several times slower.
+            y = torch.ops.aten.mkldnn_convolution(x, folded, bias, [0] * 3, [stride] * 3, [1] * 3, 1)
+            yield y.movedim(1, -1).reshape(-1, cout)
+
+
+def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
+    """As `models.convolution.pointwise`."""
+    cout, cin = weight.shape[:2]
+    columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
+    voxels = prod(parts[0].shape[2:])
+    n = 1
+    while 2 * n * max(cout, *(p.shape[1] for p in parts)) <= LANES and voxels % (2 * n) == 0:
+        n *= 2
+    matrices = [torch.block_diag(*[column.T] * n) for column in columns]
+    for chunk in _chunks(parts, max(cin, cout), n):
+        y = bias.repeat(n)
+        for part, matrix in zip(chunk, matrices, strict=True):
+            y = torch.addmm(y, part.view(-1, len(matrix)), matrix)
+        yield y.view(-1, cout)
+
+
+def region_sum(
+    features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor
+) -> Iterator[Tensor]:
+    """As `models.region_sum.region_sum`: sum_r p_r (sum_k w_{r,k} f_k) M_r. The weights go into the matrices, so that one
+    product of matrices gives all regions' maps."""
+    cout, count = len(matrix), regions.shape[1]
+    blocks = matrix.flatten(1).unflatten(1, (count, -1))  # (cout, R, c)
+    of_sample = torch.einsum("brk,orc->bkcro", weights, blocks).flatten(3).flatten(1, 2)  # (B, P * c, R * cout)
+    spread = torch.eye(count).repeat_interleave(cout, 1)  # (R, R * cout)
+    together = torch.eye(cout).repeat(count, 1)  # (R * cout, cout)
+    chunks = _chunks([*features, regions], sum(f.shape[1] for f in features) + 2 * count * cout, 1)
+    done, voxels = 0, prod(regions.shape[2:])
+    for *parts, p in chunks:
+        maps = torch.mm(torch.cat(parts, dim=1), of_sample[done // voxels])
+        done += len(p)
+        yield torch.addmm(bias, maps.mul_(torch.mm(p, spread)), together)
+
+
+def _chunks(volumes: Sequence[Tensor], channels: int, n: int) -> Iterator[list[Tensor]]:
+    """The same voxels of every volume, matrices (voxels, c), some thousand at a time, a multiple of n, of one sample."""
+    matrices, voxels = [_matrix(v) for v in volumes], prod(volumes[0].shape[2:])
+    most = max(SLAB_BYTES // (8 * channels) // 64 * 64, 64)
+    for start in range(0, len(matrices[0]), voxels):
+        for at in range(start, start + voxels, most):
+            yield [m[at : min(at + most, start + voxels)] for m in matrices]
+
+
+def _pad(sources: Sequence[Tensor], into: Tensor, start: int, reflect: bool) -> None:
+    """Fills `into` (planes, H + 2, W + 2 or more, sum of c_i) from volumes (D, H, W, c_i), side by side; its first plane
+    is their plane `start`, which may be -1."""
+    depth, height, width, _ = sources[0].shape
+    low, high = max(start, 0), min(start + len(into), depth)
+    at = 0
+    for source in sources:
+        place = into[low - start : high - start, 1 : height + 1, 1 : width + 1, at : at + source.shape[3]]
+        place.copy_(source[low:high])
+        at += source.shape[3]
+    faces = [(into[:, 0], into[:, 2]), (into[:, height + 1], into[:, height - 1])]
+    faces += [(into[:, :, 0], into[:, :, 2]), (into[:, :, width + 1], into[:, :, width - 1])]
+    if start < 0:
+        faces.append((into[0], into[2]))
+    if start + len(into) > depth:
+        faces.append((into[-1], into[-3]))
+    for face, inner in faces:
+        if reflect:
+            face.copy_(inner)
+        else:
+            face.zero_()
+
+
+def _fold(weight: Tensor, stride: int, width: int) -> int:
+    """Voxels to put side by side; 1: none."""
+    cout, cin = weight.shape[:2]
+    if stride > 1:
+        return 1
+    n = 1
+    # One channel's kernel is so small that even two registers pay.
+    while n * cout < (2 * LANES if cin == 1 else LANES) and width % (2 * n) == 0 and n < 8:
+        n *= 2
+    return n
+
+
+def _folded(weight: Tensor, n: int) -> Tensor:
+    """(cout, cin, 3, 3, 3) -> (n * cout, n * cin, 3, 3, 2): the same convolution of n voxels side by side."""
+    cout, cin = weight.shape[:2]
+    folded = weight.new_zeros(n, cout, n, cin, 3, 3, 2)
+    for out in range(n):
+        for tap in range(3):
+            group, place = divmod(out + tap, n)
+            folded[out, :, place, :, :, :, group] = weight[..., tap]
+    return folded.view(n * cout, n * cin, 3, 3, 2)
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    """(B, V, c) for a volume of `shape` (B, c, D, H, W)."""
+    return torch.empty(shape[0], prod(shape[2:]), shape[1])
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(B, c, D, H, W), channels last, as (B * V, c): a view."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _wide(slab: Tensor) -> Tensor:
+    """(n, c) with several voxels to a row, which is as long as vector instructions want it: a view."""
+    return slab.view(-1, gcd(len(slab), 64) * slab.shape[1])
+
+
+def _per_channel(wide: Tensor, channels: int) -> Tensor:
+    """Sums (c,) over the voxels of a matrix by `_wide`."""
+    return wide.sum(0).view(-1, channels).sum(0)

@@ -15,6 +15,10 @@ from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Names of `mallopt`, as <malloc.h> numbers them."""
+MADV_HUGEPAGE = 14
+HUGE_PAGE = 2**21
+RESERVED = 2**29
+"""Bytes, of addresses alone: what a window takes at its worst moment, or more."""
 MOST = 2**31 - 1
 MMAP_MAX = 2**16
 """glibc's own default."""
@@ -34,6 +38,7 @@ def kept_heap() -> Iterator[None]:
         return
     library.mallopt(M_MMAP_MAX, 0)
     library.mallopt(M_TRIM_THRESHOLD, MOST)
+    _huge_pages(library)
     try:
         yield
     finally:
@@ -42,10 +47,22 @@ def kept_heap() -> Iterator[None]:
         library.malloc_trim(0)
 
 
+def _huge_pages(library: ctypes.CDLL) -> None:
+    """Have the heap's next pages be of 2 MiB: a five-hundredth of the faults. Takes no memory that is not used later."""
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.argtypes = [ctypes.c_void_p]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = library.malloc(RESERVED)
+    if block:
+        start = -(-block // HUGE_PAGE) * HUGE_PAGE
+        library.madvise(start, (block + RESERVED - start) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
+        library.free(block)
+
+
 @cache
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
-    needed = ("gnu_get_libc_version", "mallopt", "malloc_trim")
+    needed = ("gnu_get_libc_version", "mallopt", "malloc_trim", "madvise")
     return library if all(hasattr(library, name) for name in needed) else None

@@ -140,7 +140,7 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Iterator
     while 2 * n * max(cout, *(p.shape[1] for p in parts)) <= LANES and voxels % (2 * n) == 0:
         n *= 2
     matrices = [torch.block_diag(*[column.T] * n) for column in columns]
-    for chunk in _chunks(parts, max(cin, cout), n):
+    for chunk in _chunks(parts, max(cin, cout)):
         y = bias.repeat(n)
         for part, matrix in zip(chunk, matrices, strict=True):
             y = torch.addmm(y, part.view(-1, len(matrix)), matrix)
@@ -157,16 +157,17 @@ def region_sum(
     of_sample = torch.einsum("brk,orc->bkcro", weights, blocks).flatten(3).flatten(1, 2)  # (B, P * c, R * cout)
     spread = torch.eye(count).repeat_interleave(cout, 1)  # (R, R * cout)
     together = torch.eye(cout).repeat(count, 1)  # (R * cout, cout)
-    chunks = _chunks([*features, regions], sum(f.shape[1] for f in features) + 2 * count * cout, 1)
-    done, voxels = 0, prod(regions.shape[2:])
-    for *parts, p in chunks:
-        maps = torch.mm(torch.cat(parts, dim=1), of_sample[done // voxels])
-        done += len(p)
-        yield torch.addmm(bias, maps.mul_(torch.mm(p, spread)), together)
+    p, voxels, done = regions.flatten(2), prod(regions.shape[2:]), 0
+    for chunk in _chunks(features, sum(f.shape[1] for f in features) + 2 * count * cout):
+        sample, at = divmod(done, voxels)
+        maps = torch.mm(torch.cat(chunk, dim=1), of_sample[sample])
+        maps *= torch.mm(p[sample, :, at : at + len(maps)].T, spread)
+        done += len(maps)
+        yield torch.addmm(bias, maps, together)
 
 
-def _chunks(volumes: Sequence[Tensor], channels: int, n: int) -> Iterator[list[Tensor]]:
-    """The same voxels of every volume, matrices (voxels, c), some thousand at a time, a multiple of n, of one sample."""
+def _chunks(volumes: Sequence[Tensor], channels: int) -> Iterator[list[Tensor]]:
+    """The same voxels of every volume, as matrices (n, c): some thousand of one sample at a time."""
     matrices, voxels = [_matrix(v) for v in volumes], prod(volumes[0].shape[2:])
     most = max(SLAB_BYTES // (8 * channels) // 64 * 64, 64)
     for start in range(0, len(matrices[0]), voxels):

@@ -43,20 +43,20 @@ class Windows:
             yield i, j, k
 
     def mean(self, found: Callable[[Tensor], Tensor], x: Tensor, classes: int, batch: int = 1) -> Tensor:
-        """The mean of `found` over the windows, every window weighing the same: (C, X, Y, Z) float32, C innermost.
+        """The mean of `found` over the windows, every window weighing the same: (C, X, Y, Z) float32.
 
         x (P, X, Y, Z); `found` takes up to `batch` windows (B, P, *size) and gives (B, C, *size).
         """
-        total = torch.zeros(*self.shape, classes, device=x.device)
+        total = torch.zeros(classes, *self.shape, device=x.device)
         places = iter(self)
         while some := list(itertools.islice(places, batch)):
             of_windows = found(torch.stack([x[(slice(None), *place)] for place in some]))
             for place, of_window in zip(some, of_windows, strict=True):
-                total[place] += of_window.movedim(0, -1)
+                total[(slice(None), *place)] += of_window
         i, j, k = (torch.tensor(times, device=x.device) for times in self._times())
-        for plane, times in zip(total, i, strict=True):
-            plane /= (times * j[:, None] * k)[..., None]
-        return total.movedim(-1, 0)
+        for plane, times in zip(total.unbind(1), i, strict=True):
+            plane /= times * j[:, None] * k
+        return total
 
     def _starts(self) -> list[list[int]]:
         """Per axis."""

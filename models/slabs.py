@@ -57,15 +57,27 @@ def norm_act(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
         of_sample.add(slab)
         if of_sample.whole:
             mean, inverse_deviation = of_sample.mean_and_inverse_deviation()
-            for kept in of_sample.slabs:
-                wide = _wide(kept)
-                place = matrix[at : at + len(kept)].view(wide.shape)
-                repeats = wide.shape[1] // shape[1]
-                torch.sub(wide, mean.repeat(repeats), out=place)
-                F.leaky_relu_(place.mul_(inverse_deviation.repeat(repeats)), SLOPE)
-                at += len(kept)
+            for wide in of_sample.slabs:
+                place = matrix[at : at + wide.numel() // shape[1]].view(wide.shape)
+                torch.sub(wide, mean.of(wide), out=place)
+                F.leaky_relu_(place.mul_(inverse_deviation.of(wide)), SLOPE)
+                at += wide.numel() // shape[1]
             of_sample = _Moments(voxels)
     return volume(out, shape[2:])
+
+
+class _Spread:
+    """A value per channel, (c,), for the columns of matrices by `_wide`."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._of: dict[int, Tensor] = {}
+
+    def of(self, wide: Tensor) -> Tensor:
+        width = wide.shape[1]
+        if width not in self._of:
+            self._of[width] = self.values.repeat(width // len(self.values))
+        return self._of[width]
 
 
 class _Moments:
@@ -76,30 +88,36 @@ class _Moments:
 
     def __init__(self, voxels: int) -> None:
         self.slabs: list[Tensor] = []
+        """By `_wide`."""
         self._voxels = voxels
         self._left = voxels
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def whole(self) -> bool:
         return self._left == 0
 
     def add(self, slab: Tensor) -> None:
-        channels = slab.shape[1]
         wide = _wide(slab)
-        repeats = wide.shape[1] // channels
         if not self.slabs:
-            self._about = _per_channel(wide, channels) / len(slab)
-            self._sum, self._squares = torch.zeros_like(self._about), torch.zeros_like(self._about)
-        off = wide - self._about.repeat(repeats)
-        self._sum += _per_channel(off, channels)
-        self._squares += _per_channel(off.square_(), channels)
-        self.slabs.append(slab)
+            self._about = _Spread(wide.sum(0).view(-1, slab.shape[1]).sum(0) / len(slab))
+        off = wide - self._about.of(wide)
+        of_off, of_squares = off.sum(0), off.square_().sum(0)
+        if wide.shape[1] in self._sums:
+            of_off += self._sums[wide.shape[1]][0]
+            of_squares += self._sums[wide.shape[1]][1]
+        self._sums[wide.shape[1]] = of_off, of_squares
+        self.slabs.append(wide)
         self._left -= len(slab)
 
-    def mean_and_inverse_deviation(self) -> tuple[Tensor, Tensor]:
-        off = self._sum / self._voxels
-        variance = (self._squares / self._voxels - off.square()).clamp_min(0)
-        return self._about + off, (variance + EPS).rsqrt()
+    def mean_and_inverse_deviation(self) -> tuple[_Spread, _Spread]:
+        about = self._about.values
+        of_off, of_squares = (
+            torch.stack([s.view(-1, len(about)).sum(0) for s in sums]).sum(0) / self._voxels
+            for sums in zip(*self._sums.values(), strict=True)
+        )
+        variance = (of_squares - of_off.square()).clamp_min(0)
+        return _Spread(about + of_off), _Spread((variance + EPS).rsqrt())
 
 
 def of_volume(x: Tensor) -> Iterator[Tensor]:
@@ -169,7 +187,7 @@ def region_sum(
 def _chunks(volumes: Sequence[Tensor], channels: int) -> Iterator[list[Tensor]]:
     """The same voxels of every volume, as matrices (n, c): some thousand of one sample at a time."""
     matrices, voxels = [_matrix(v) for v in volumes], prod(volumes[0].shape[2:])
-    most = max(SLAB_BYTES // (8 * channels) // 64 * 64, 64)
+    most = max(SLAB_BYTES // (4 * channels) // 64 * 64, 64)
     for start in range(0, len(matrices[0]), voxels):
         for at in range(start, start + voxels, most):
             yield [m[at : min(at + most, start + voxels)] for m in matrices]
@@ -234,8 +252,3 @@ def _matrix(x: Tensor) -> Tensor:
 def _wide(slab: Tensor) -> Tensor:
     """(n, c) with several voxels to a row, which is as long as vector instructions want it: a view."""
     return slab.view(-1, gcd(len(slab), 64) * slab.shape[1])
-
-
-def _per_channel(wide: Tensor, channels: int) -> Tensor:
-    """Sums (c,) over the voxels of a matrix by `_wide`."""
-    return wide.sum(0).view(-1, channels).sum(0)

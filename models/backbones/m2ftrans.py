@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import slabs
 from models.backbone import Features, Fused, Mask
 from models.blocks import (
     ConvNormAct,
@@ -300,6 +301,8 @@ def stacked(level: Sequence[Tensor | None], mask: Mask) -> Tensor:
             if feature is None:
                 raise ValueError(f"modality {k} is in the mask of the fused path but was not encoded")
             present.append(feature)
+    if slabs.suit(*present):  # torch would stack them channel by channel
+        return torch.stack([f.movedim(1, -1) for f in present], dim=1).movedim(-1, 2)
     return torch.stack(present, dim=1)
 
 

@@ -28,12 +28,22 @@ LANES = 16
 """Numbers in single precision that a vector register holds (AVX-512)."""
 
 
-def suit(*volumes: Tensor) -> bool:
-    """Whether a layer of these inputs (B, c, D, H, W) can be made here: without gradients, on a CPU, channels last, in
-    single precision."""
-    return not torch.is_grad_enabled() and all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and is_channels_last(x) for x in volumes
-    ) and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")  # fmt: skip
+def suit(*inputs: Tensor) -> bool:
+    """Whether a layer of these can be made here: without gradients, on a CPU, in single precision; volumes
+    (B, c, D, H, W) channels last."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return False
+    return all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and (x.ndim != 5 or is_channels_last(x)) for x in inputs
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., cin) times weight (cout, cin), plus bias: a 1x1 convolution, which oneDNN makes at the full vector width
+    whatever processor it is; torch's product of matrices does not on AMD's."""
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = torch.ops.aten.mkldnn_convolution(image, weight[:, :, None, None], bias, [0, 0], [1, 1], [1, 1], 1)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
 def joined(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ from models.blocks import (
 )
 from models.convolution import pointwise
 from models.task import Task
-from models.transformer import MLP, PreNorm, Residual, attention_weights
+from models.transformer import MLP, Linear, PreNorm, Residual, attention_weights
 
 LEVELS = 5
 SCALE = 2 ** (LEVELS - 1)
@@ -50,8 +50,8 @@ class MaskedAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, P + 1, T, D), the P present modalities, then the fusion tokens.

@@ -48,7 +48,7 @@ def kept_heap() -> Iterator[None]:
 
 
 def _huge_pages(library: ctypes.CDLL) -> None:
-    """Have the heap's next pages be of 2 MiB: a five-hundredth of the faults. Takes no memory that is not used later."""
+    """Have the heap's next pages be of 2 MiB: a five-hundredth of the faults. Takes addresses, not memory."""
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

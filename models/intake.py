@@ -195,7 +195,8 @@ class Intake:
 def take_in(volumes: Mapping[str, Volume], task: Task, least: tuple[int, int, int] | None = None) -> Intake:
     """Bring volumes, keyed by canonical modality in the order given, to one grid and crop to the brain.
 
-    The first volume is the reference. The box has at least `least` voxels, by default those of a patch. Raises `VolumeError` naming the modality that is empty or lies elsewhere.
+    The first volume is the reference. The box has at least `least` voxels along each axis, by default a patch's. Raises
+    `VolumeError` naming the modality that is empty or lies elsewhere.
     """
     reference = next(iter(volumes.values())).grid
     working = WorkingGrid.of(reference, task)
@@ -260,7 +261,7 @@ def normalised(arrays: Mapping[str, Float], names: Sequence[str]) -> Float:
     for name, place in zip(names, stacked, strict=True):
         mean, std = found[name]
         np.subtract(arrays[name], np.float32(mean), out=place)
-        place /= np.float32(std)
+        np.divide(place, np.float32(std), out=place)
     return stacked
 
 

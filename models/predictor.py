@@ -183,8 +183,9 @@ class Predictor:
         return max(1, min(MOST_AT_A_TIME, free // 2 // max(of_one, 1)))
 
 
-def check_precision(precision: str, device: torch.device) -> None:
+def check_precision(precision: str, device: str | torch.device) -> None:
     """Raises `OptionError` for a precision that is unknown, or that the device has no arithmetic of."""
+    device = torch.device(device)
     if precision not in PRECISIONS:
         raise OptionError(f"precision {precision!r} is unknown: use {' or '.join(PRECISIONS)}")
     if precision == "bfloat16" and not _has_bfloat16(device):

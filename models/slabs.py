@@ -1,12 +1,13 @@
 """Inference on a CPU, slab by slab: what is made of some planes is used while the processor's cache still has it.
 
-A layer without gradients need keep nothing. Its volume (B, c, D, H, W), channels last, is made in slabs, matrices (n, c)
-of n voxels each: every function here that makes them yields them in order, and `joined` or `norm_act` puts them
+A layer without gradients need keep nothing. Its volume (B, c, D, H, W), channels last, is made in slabs: matrices
+(n, c) of n voxels each. Every function here that makes them yields them in order, and `joined` or `norm_act` puts them
 together. The sums are those of `models.convolution`, `models.normalisation` and `models.region_sum`.
 
-Convolutions of few channels put neighbouring voxels side by side: a vector register holds `LANES` channels, and one to 8
-channels wastes half of it. Channels last, n voxels along the last axis with c channels each lie in memory as one voxel
-with n * c channels does. n outputs need n + 2 inputs, two such voxels: a kernel of 3 x 3 x 2 with some weights 0.
+Convolutions of few channels put neighbouring voxels side by side: a vector register holds `LANES` channels, and a
+convolution to 8 wastes half of it. Channels last, n voxels along the last axis with c channels each lie in memory as
+one voxel with n * c channels does. n outputs need n + 2 inputs, two such voxels: a kernel of 3 x 3 x 2 with some
+weights 0.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., cin) times weight (cout, cin), plus bias: a 1x1 convolution, which oneDNN makes at the full vector width
     whatever processor it is; torch's product of matrices does not on AMD's."""
     image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = torch.ops.aten.mkldnn_convolution(image, weight[:, :, None, None], bias, [0, 0], [1, 1], [1, 1], 1)
+    y: Tensor = torch.ops.aten.mkldnn_convolution(image, weight[:, :, None, None], bias, [0, 0], [1, 1], [1, 1], 1)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
@@ -178,8 +179,10 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Iterator
 def region_sum(
     features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor
 ) -> Iterator[Tensor]:
-    """As `models.region_sum.region_sum`: sum_r p_r (sum_k w_{r,k} f_k) M_r. The weights go into the matrices, so that one
-    product of matrices gives all regions' maps."""
+    """As `models.region_sum.region_sum`: sum_r p_r (sum_k w_{r,k} f_k) M_r.
+
+    The weights go into the matrices, so that one product of matrices gives all regions' maps.
+    """
     cout, count = len(matrix), regions.shape[1]
     blocks = matrix.flatten(1).unflatten(1, (count, -1))  # (cout, R, c)
     of_sample = torch.einsum("brk,orc->bkcro", weights, blocks).flatten(3).flatten(1, 2)  # (B, P * c, R * cout)
@@ -204,8 +207,10 @@ def _chunks(volumes: Sequence[Tensor], channels: int) -> Iterator[list[Tensor]]:
 
 
 def _pad(sources: Sequence[Tensor], into: Tensor, start: int, reflect: bool) -> None:
-    """Fills `into` (planes, H + 2, W + 2 or more, sum of c_i) from volumes (D, H, W, c_i), side by side; its first plane
-    is their plane `start`, which may be -1."""
+    """Fills `into` (planes, H + 2, W + 2 or more, sum of c_i) from volumes (D, H, W, c_i), side by side.
+
+    Its first plane is their plane `start`, which may be -1.
+    """
     depth, height, width, _ = sources[0].shape
     low, high = max(start, 0), min(start + len(into), depth)
     at = 0

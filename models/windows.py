@@ -55,7 +55,7 @@ class Windows:
                 total[(slice(None), *place)] += of_window
         i, j, k = (torch.tensor(times, device=x.device) for times in self._times())
         for plane, times in zip(total.unbind(1), i, strict=True):
-            plane /= times * j[:, None] * k
+            plane.div_(times * j[:, None] * k)
         return total
 
     def _starts(self) -> list[list[int]]:

@@ -59,9 +59,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    precision: Annotated[
-        str, typer.Option(help="float32, or bfloat16: faster on a GPU that has it.")
-    ] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16: faster on a GPU that has it.")] = "float32",
     fast: Annotated[
         bool, typer.Option("--fast", help="A third of the windows (--overlap 0.25), a little less accurate.")
     ] = False,

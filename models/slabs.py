@@ -25,18 +25,27 @@ SLOPE = 0.2
 EPS = 1e-5
 SLAB_BYTES = 2**21
 """Of a slab's padded input: with what is made of it, about what a core's caches hold."""
+LEAST = 4096
+"""Voxels: a volume that has no more is in the cache anyway, and would take more calls here."""
+LEAST_NUMBERS = 2**15
+"""The same for the input of a linear layer."""
 LANES = 16
 """Numbers in single precision that a vector register holds (AVX-512)."""
 
 
 def suit(*inputs: Tensor) -> bool:
-    """Whether a layer of these can be made here: without gradients, on a CPU, in single precision; volumes
+    """Whether a layer of these can be made here: without gradients, on a CPU, in single precision, not small; volumes
     (B, c, D, H, W) channels last."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         return False
-    return all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and (x.ndim != 5 or is_channels_last(x)) for x in inputs
-    )
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # graph formats have no such operations
+        return False
+    return all(_suits(x) for x in inputs)
+
+
+def _suits(x: Tensor) -> bool:
+    large = x[0, 0].numel() > LEAST and is_channels_last(x) if x.ndim == 5 else x.numel() > LEAST_NUMBERS
+    return large and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -48,11 +48,8 @@ class Checkpoint:
                 "the weights were changed or the copy is incomplete; fetch the checkpoint again"
             )
         try:
-            with torch.device("meta"):  # random weights, which would be drawn only to be replaced
-                network = build(card.backbone, card.task, card.width)
-            wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-            weights = {name: t.to(wanted.get(name, t.dtype)) for name, t in load_tensors(blob).items()}
-            network.load_state_dict(weights, assign=True)
+            network = build(card.backbone, card.task, card.width)
+            network.load_state_dict(load_tensors(blob))
         except Exception as error:  # safetensors and torch raise kinds of their own; all mean an unfit file
             raise CheckpointError(f"{folder}: the weights do not fit the card: {str(error).splitlines()[0]}") from error
         return cls(card, network.to(device).eval())

@@ -25,9 +25,10 @@ from models.backbones import BACKBONES, build
 from models.card import Card, software_versions
 from models.checkpoint import Checkpoint
 from models.intake import Box, Intake, WorkingGrid
-from models.predictor import OVERLAP, Predictor, window_count
+from models.predictor import OVERLAP, Predictor
 from models.task import Task
 from models.volume import Grid
+from models.windows import Windows
 from training.device import choose_device, device_name
 from training.footprint import peak_memory
 
@@ -61,7 +62,7 @@ def main() -> None:
         "backbone": arguments.backbone,
         "present": present,
         "box": shape,
-        "windows": window_count(shape, task.patch_size),
+        "windows": len(Windows(shape, task.patch_size, OVERLAP)),
         "torch": torch.__version__,
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import slabs
 from models.backbone import Features, Mask
-from models.convolution import convolve, pointwise
+from models.convolution import convolve, convolved_shape, pointwise
 from models.layout import channel
 from models.normalisation import norm_act
 
@@ -43,6 +44,10 @@ class ConvNormAct(nn.Module):
         """
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
+        if prepare and not torch.is_grad_enabled():  # nothing is kept that could be prepared again
+            parts, prepare = tuple(prepare(part) for part in parts), None
+        if slabs.suit(*parts):
+            return _slab_by_slab(parts, weight, bias, self.conv.stride[0])
         if weight.shape[-1] == 1:
             return norm_act(pointwise(parts, weight, bias))
         return norm_act(convolve(parts, weight, bias, self.conv.stride[0], prepare=prepare))
@@ -63,7 +68,18 @@ class MaskedPointwise(nn.Module):
         """Features (B, cin, D, H, W) of the modalities present in `mask`, in order -> (B, cout, D, H, W)."""
         assert self.conv.bias is not None
         weight = present_columns(self.conv.weight, self.modalities, [k for k, there in enumerate(mask) if there])
+        if slabs.suit(*present):
+            return _slab_by_slab(present, weight, self.conv.bias, 1)
         return norm_act(pointwise(present, weight, self.conv.bias))
+
+
+def _slab_by_slab(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """Convolution, norm and activation where `slabs.suit`."""
+    if weight.shape[-1] == 1:
+        made = slabs.pointwise(parts, weight, bias)
+    else:
+        made = slabs.convolve(parts, weight, bias, stride, reflect=True)
+    return slabs.norm_act(made, convolved_shape(parts[0], weight, stride))
 
 
 class Encoder(nn.Module):
@@ -84,7 +100,8 @@ class Encoder(nn.Module):
         features = []
         for level in range(1, self.levels + 1):
             x = self.get_submodule(f"e{level}_c1")(x)
-            x = x + self.get_submodule(f"e{level}_c3")(self.get_submodule(f"e{level}_c2")(x))
+            y = self.get_submodule(f"e{level}_c3")(self.get_submodule(f"e{level}_c2")(x))
+            x = x + y if torch.is_grad_enabled() else y.add_(x)
             features.append(x)
         return features
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import slabs
 from models.layout import is_channels_last, like, rows, volume
 
 BEYOND = (1,) * 6
@@ -35,7 +36,16 @@ def convolve(
     if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in parts)):
         y: Tensor = _Convolve.apply(weight, bias, stride, border, prepare, *parts)
         return y
-    return _convolve(_padded([prepare(p) for p in parts] if prepare else parts, border), weight, bias, stride)
+    parts = [prepare(p) for p in parts] if prepare else parts
+    if slabs.suit(*parts):
+        made = slabs.convolve(parts, weight, bias, stride, border == "reflect")
+        return slabs.joined(made, convolved_shape(parts[0], weight, stride))
+    return _convolve(_padded(parts, border), weight, bias, stride)
+
+
+def convolved_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
+    """Of what a convolution of x gives: (B, cout, D/stride, H/stride, W/stride)."""
+    return len(x), len(weight), *(-(-s // stride) for s in x.shape[2:])
 
 
 def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -44,6 +54,8 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     weight (cout, sum of c_i, 1, 1, 1); gives (B, cout, D, H, W).
     """
     first = parts[0]
+    if slabs.suit(*parts):
+        return slabs.joined(slabs.pointwise(parts, weight, bias), convolved_shape(first, weight, 1))
     columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
     if is_channels_last(first):
         by_voxel = bias

@@ -8,7 +8,7 @@ come through here, so a network is served what it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -163,7 +163,7 @@ class Intake:
         largest wins, which is smoother than resampling labels.
         """
         if not self.working.resampled:
-            return self.restore_classes(np.argmax(probabilities, axis=0).astype(np.uint8))
+            return self.restore_classes(largest(probabilities))
         reference = self.working.reference
         box_affine = self.working.affine @ nib.affines.from_matvec(np.eye(3), self.box.start)
         to_reference = np.linalg.inv(reference.affine) @ box_affine
@@ -192,10 +192,11 @@ class Intake:
         return np.ascontiguousarray(apply_orientation(whole, back))
 
 
-def take_in(volumes: Mapping[str, Volume], task: Task) -> Intake:
+def take_in(volumes: Mapping[str, Volume], task: Task, least: tuple[int, int, int] | None = None) -> Intake:
     """Bring volumes, keyed by canonical modality in the order given, to one grid and crop to the brain.
 
-    The first volume is the reference. Raises `VolumeError` naming the modality that is empty or lies elsewhere.
+    The first volume is the reference. The box has at least `least` voxels along each axis, by default a patch's. Raises
+    `VolumeError` naming the modality that is empty or lies elsewhere.
     """
     reference = next(iter(volumes.values())).grid
     working = WorkingGrid.of(reference, task)
@@ -208,12 +209,14 @@ def take_in(volumes: Mapping[str, Volume], task: Task) -> Intake:
             raise VolumeError(
                 f"{name}: does not lie where {next(iter(volumes))} lies; give scans of one patient, registered"
             )
-    box = brain_box(arrays, task)
+    box = brain_box(arrays, task, least)
     return Intake({name: box.cut(array) for name, array in arrays.items()}, box, working)
 
 
-def brain_box(arrays: Mapping[str, Float], task: Task) -> Box:
-    """The box of voxels nonzero in any modality, grown to `min_crop` where the volume allows, at least a patch."""
+def brain_box(arrays: Mapping[str, Float], task: Task, least: tuple[int, int, int] | None = None) -> Box:
+    """The box of voxels nonzero in any modality, grown to `min_crop` where the volume allows, at least `least` (by
+    default a patch)."""
+    least = task.patch_size if least is None else least
     nonzero = np.logical_or.reduce([array != 0 for array in arrays.values()])
     start, stop = [], []
     for axis, size in enumerate(nonzero.shape):
@@ -222,7 +225,7 @@ def brain_box(arrays: Mapping[str, Float], task: Task) -> Box:
         low, high = int(found[0]), int(found[-1]) + 1
         low, high = _grow(low, high, min(task.min_crop, size))
         shift = min(max(-low, 0), max(size - high, 0)) if low < 0 else -min(max(high - size, 0), low)
-        low, high = _grow(low + shift, high + shift, task.patch_size[axis])
+        low, high = _grow(low + shift, high + shift, least[axis])
         start.append(low)
         stop.append(high)
     return Box(_triple(np.array(start)), _triple(np.array(stop)))
@@ -230,7 +233,11 @@ def brain_box(arrays: Mapping[str, Float], task: Task) -> Box:
 
 def statistics(arrays: Mapping[str, Float]) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation per modality over voxels where the sum over the modalities is positive."""
-    brain = np.sum(list(arrays.values()), axis=0) > 0
+    first, *others = arrays.values()
+    total = first.copy()
+    for array in others:
+        total += array
+    brain = total > 0
     found = {}
     for name, array in arrays.items():
         values = array[brain].astype(np.float64)
@@ -245,6 +252,30 @@ def normalise(arrays: Mapping[str, Float]) -> dict[str, Float]:
     """Subtract the mean and divide by the standard deviation of `statistics`. Background voxels move along."""
     found = statistics(arrays)
     return {name: (array - np.float32(found[name][0])) / np.float32(found[name][1]) for name, array in arrays.items()}
+
+
+def normalised(arrays: Mapping[str, Float], names: Sequence[str]) -> Float:
+    """What `normalise` gives for `names`, in that order, as one array (P, X, Y, Z): no volume is there twice."""
+    found = statistics(arrays)
+    stacked = np.empty((len(names), *arrays[names[0]].shape), np.float32)
+    for name, place in zip(names, stacked, strict=True):
+        mean, std = found[name]
+        np.subtract(arrays[name], np.float32(mean), out=place)
+        np.divide(place, np.float32(std), out=place)
+    return stacked
+
+
+def largest(probabilities: Float) -> Classes:
+    """The class with the largest of probabilities (C, X, Y, Z), the first of equals, plane by plane: `argmax` would
+    make an index of eight bytes for every voxel first."""
+    classes = np.zeros(probabilities.shape[1:], np.uint8)
+    for plane, of_plane in zip(classes, probabilities.swapaxes(0, 1), strict=True):
+        best = of_plane[0].copy()
+        for index, probability in enumerate(of_plane[1:], 1):
+            better = probability > best
+            plane[better] = index
+            np.copyto(best, probability, where=better)
+    return classes
 
 
 def _grow(low: int, high: int, least: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import slabs
 from models.layout import is_channels_last, like, rows, volume
 
 SLOPE = 0.2
@@ -22,6 +23,8 @@ def norm_act(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         y: Tensor = _NormAct.apply(x)
         return y
+    if slabs.suit(x):
+        return slabs.norm_act(slabs.of_volume(x), x.shape)
     if not is_channels_last(x):  # in operations that graph formats have
         return F.leaky_relu(F.instance_norm(x, eps=EPS), SLOPE, inplace=True)
     return _normalise(x)[0]

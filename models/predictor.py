@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.inferers import sliding_window_inference
 from nibabel.nifti1 import Nifti1Extension
 from torch import Tensor
 
+from models.backbone import Mask
+from models.backbones import BACKBONES
 from models.checkpoint import Checkpoint
-from models.intake import Intake, normalise, take_in
+from models.heap import kept_heap
+from models.intake import Intake, normalised, take_in
 from models.layout import in_fast_layout
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, save_image
+from models.windows import Windows
 
 OVERLAP = 0.5
+"""Share of a window that the next one covers again, along each axis, as published."""
+FAST_OVERLAP = 0.25
+"""A third of the windows; what it costs stands in docs/performance.md."""
+MOST_OVERLAP = 0.9
+PRECISIONS = ("float32", "bfloat16")
+MOST_AT_A_TIME = 16
+"""Windows per forward pass of a GPU: more fill it no better."""
 Progress = Callable[[str, float], None]
 
 
@@ -65,12 +75,36 @@ class Segmentation:
         save_image(self.mask, path)
 
 
+class OptionError(ValueError):
+    """An option that this model or this device cannot have. The message says which, and what it can have."""
+
+
 class Predictor:
     """Segments patients with one checkpoint on one device."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str | torch.device = "cpu",
+        *,
+        overlap: float = OVERLAP,
+        window: Sequence[int] | None = None,
+        precision: str = "float32",
+        batch: int | None = None,
+    ) -> None:
+        """`overlap`: share of a window that the next one covers again, along each axis. `window`: voxels along each
+        axis, by default those of the patches that the model was trained on. `precision`: of the network's arithmetic.
+        `batch`: windows at a time, by default as many as pay on the device. Raises `OptionError`.
+        """
         self.task = checkpoint.card.task
         self.device = torch.device(device)
+        if not 0 <= overlap <= MOST_OVERLAP:
+            raise OptionError(f"an overlap of {overlap:g} cannot be had: give a share from 0 to {MOST_OVERLAP:g}")
+        self.overlap = overlap
+        self.window = self.task.patch_size if window is None else _fitting(window, checkpoint)
+        self.precision = precision
+        check_precision(precision, self.device)
+        self._batch = batch
         self._network: Any = checkpoint.network.to(self.device).eval()
 
     def segment(self, files: Mapping[str, Path | Volume], on_progress: Progress | None = None) -> Segmentation:
@@ -91,7 +125,7 @@ class Predictor:
                 raise TaskError(f"{name} is given twice (a name and an alias of it)")
             volumes[name] = file if isinstance(file, Volume) else _load(name, file)
         report("normalising", 0.0)
-        intake = take_in(volumes, self.task)
+        intake = take_in(volumes, self.task, self.window)
         grid = intake.working.reference
         del volumes  # the working copies are all that is needed from here on
         probabilities = self.probabilities(intake, lambda fraction: report("segmenting", fraction))
@@ -104,38 +138,83 @@ class Predictor:
     def probabilities(
         self, intake: Intake, on_fraction: Callable[[float], None] = lambda _fraction: None
     ) -> npt.NDArray[np.float32]:
-        """Class probabilities (C, X, Y, Z) of the intake's box, averaged uniformly over half-overlapping windows."""
-        arrays = normalise(intake.arrays)
-        mask = self.task.mask(arrays)
+        """Class probabilities (C, X, Y, Z) of the intake's box, averaged uniformly over its windows.
+
+        Raises ValueError for a box smaller than a window; `segment` takes one in that is not.
+        """
+        mask = self.task.mask(intake.arrays)
         there = [k for k, is_there in enumerate(mask) if is_there]
         # In the task's order, whatever order the volumes were given in.
-        x = torch.from_numpy(np.stack([arrays[self.task.names[k]] for k in there]))[None].to(self.device)
-        total, done = window_count(intake.box.shape, self.task.patch_size), 0
+        x = torch.from_numpy(normalised(intake.arrays, [self.task.names[k] for k in there])).to(self.device)
+        windows = Windows(intake.box.shape, self.window, self.overlap)
+        done = 0
 
-        def window(patch: Tensor) -> Tensor:
+        def found(patches: Tensor) -> Tensor:
             nonlocal done
             # The channels of missing modalities are never read.
-            full = in_fast_layout(patch.new_empty(patch.shape[0], len(mask), *patch.shape[2:]))
-            full[:, there] = patch
-            p: Tensor = self._network.fuse(self._network.encode(full, mask), mask).logits.softmax(1)
-            done += len(patch)
-            on_fraction(done / total)
+            full = in_fast_layout(patches.new_empty(len(patches), len(mask), *patches.shape[2:]))
+            full[:, there] = patches
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                logits = self._network.fuse(self._network.encode(full, mask), mask).logits
+            p: Tensor = logits.float().softmax(1)
+            done += len(patches)
+            on_fraction(done / len(windows))
             return p
 
         on_fraction(0.0)
-        averaged = sliding_window_inference(x, self.task.patch_size, 1, window, overlap=OVERLAP, mode="constant")
-        assert isinstance(averaged, Tensor)
-        result: npt.NDArray[np.float32] = averaged[0].cpu().numpy()
+        with kept_heap() if self.device.type == "cpu" else nullcontext():
+            averaged = windows.mean(found, x, len(self.task.labels), self._windows_at_a_time(x, mask))
+            result: npt.NDArray[np.float32] = averaged.cpu().numpy()
         return result
 
+    def _windows_at_a_time(self, x: Tensor, mask: Mask) -> int:
+        """On a CPU one, whose maps stay in the cache; on a GPU as many as half of the free memory takes."""
+        if self._batch is not None:
+            return self._batch
+        if self.device.type != "cuda":
+            return 1
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        one = x.new_zeros(1, len(mask), *self.window)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            self._network.fuse(self._network.encode(one, mask), mask)
+        of_one = torch.cuda.max_memory_allocated(self.device) - before
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(MOST_AT_A_TIME, free // 2 // max(of_one, 1)))
 
-def window_count(shape: tuple[int, int, int], patch: tuple[int, int, int], overlap: float = OVERLAP) -> int:
-    """How many windows cover a volume of `shape`, the last of each axis flush with its end."""
-    total = 1
-    for size, window in zip(shape, patch, strict=True):
-        step = int(window * (1 - overlap))
-        total *= ceil((size - window) / step) + 1
-    return total
+
+def check_precision(precision: str, device: str | torch.device) -> None:
+    """Raises `OptionError` for a precision that is unknown, or that the device has no arithmetic of."""
+    device = torch.device(device)
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision {precision!r} is unknown: use {' or '.join(PRECISIONS)}")
+    if precision == "bfloat16" and not _has_bfloat16(device):
+        raise OptionError(f"the device {str(device)!r} has no bfloat16 arithmetic: use precision float32")
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _fitting(window: Sequence[int], checkpoint: Checkpoint) -> tuple[int, int, int]:
+    card, said = checkpoint.card, " x ".join(map(str, window))
+    entry = BACKBONES[card.backbone]
+    if len(window) != 3:
+        raise OptionError(f"a window of {said} voxels is none: give one number, or three")
+    x, y, z = window
+    if (x, y, z) != card.task.patch_size and entry.fixed:
+        raise OptionError(
+            f"a window of {said} voxels does not fit {card.backbone}: its learned positions are made for "
+            f"{' x '.join(map(str, card.task.patch_size))}"
+        )
+    if not entry.takes(window):
+        raise OptionError(
+            f"a window of {said} voxels does not fit {card.backbone}: use multiples of {entry.divisor}, "
+            f"at least {2 * entry.divisor}, per axis"
+        )
+    return x, y, z
 
 
 def _load(name: str, path: Path) -> Volume:

@@ -11,10 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import slabs
+
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) of queries (..., Nq, d) and keys (..., Nk, d) -> (..., Nq, Nk)."""
     return torch.softmax(torch.matmul(q, k.transpose(-2, -1)) * q.shape[-1] ** -0.5, -1)
+
+
+class Linear(nn.Linear):
+    """A linear layer that without gradients, on a CPU, is oneDNN's product of matrices: twice as fast as torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., cin) -> (..., cout)."""
+        return slabs.linear(x, self.weight, self.bias) if slabs.suit(x) else super().forward(x)
 
 
 class SelfAttention(nn.Module):
@@ -24,8 +34,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -40,7 +50,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+            Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), Linear(hidden, width), nn.Dropout(dropout)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from app.jobs.queue import QUEUE, TASK, celery_app
 from app.jobs.record import Failure
 from app.jobs.settings import Settings
 from app.jobs.store import JobStore
+from worker.checkpoints import pick_device
 
 settings = Settings()
 app = celery_app(settings)
@@ -75,9 +76,12 @@ app.steps["consumer"].add(Consuming)
 @signals.worker_process_init.connect
 def import_torch(**_: Any) -> None:
     """Import torch in each child (never in the parent) before it takes a job: an import that a time limit interrupts
-    half-way cannot be done again in the same process."""
+    half-way cannot be done again in the same process. A precision that the device lacks is told now."""
     try:
-        importlib.import_module("models.predictor")
+        predictor = importlib.import_module("models.predictor")
+        predictor.check_precision(settings.precision, pick_device(settings.device))
+    except ValueError as error:  # every job meets it again, and fails with this reason
+        log.error("jobs will fail", reason=str(error))
     except Exception as error:  # the first job meets it again, and fails with a reason
         log.error("the models package cannot be imported", where=where(error))
 

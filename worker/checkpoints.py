@@ -23,15 +23,18 @@ class NoSuchModelError(LookupError):
 class Checkpoints:
     """Loads a model at its first job and keeps it. Torch is imported here, in the child, and nowhere before."""
 
-    def __init__(self, shelf: ModelShelf, device: str) -> None:
+    def __init__(self, shelf: ModelShelf, device: str, overlap: float = 0.5, precision: str = "float32") -> None:
         self._shelf = shelf
         self._device = device
+        self._overlap = overlap
+        self._precision = precision
         self._loaded: dict[str, tuple[str, Predictor]] = {}
 
     def get(self, name: str) -> tuple[str, Predictor]:
         """The sha256 of the model's weights, and its predictor. A model whose card names other weights is loaded anew.
 
-        Raises `NoSuchModelError`, `app.jobs.cards.CardError` and `models.checkpoint.CheckpointError`.
+        Raises `NoSuchModelError`, `app.jobs.cards.CardError`, `models.checkpoint.CheckpointError` and
+        `models.predictor.OptionError`.
         """
         card = self._shelf.get(name)
         if card is None:
@@ -47,7 +50,8 @@ class Checkpoints:
         from models.predictor import Predictor
 
         device = pick_device(self._device)
-        predictor = Predictor(Checkpoint.load(folder, device=device), device=device)
+        checkpoint = Checkpoint.load(folder, device=device)
+        predictor = Predictor(checkpoint, device, overlap=self._overlap, precision=self._precision)
         log.info("model loaded", model=folder.name, device=device, pid=os.getpid())
         return predictor
 

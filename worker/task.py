@@ -43,7 +43,7 @@ def _desk() -> Desk:
         settings=settings,
         jobs=JobStore(connect(settings, PATIENT), settings),
         blobs=BlobStore(settings.store),
-        checkpoints=Checkpoints(shelf, settings.device),
+        checkpoints=Checkpoints(shelf, settings.device, settings.overlap, settings.precision),
     )
 
 
@@ -106,7 +106,8 @@ def _reason(error: Exception, desk: Desk) -> Failure:
     """A user's reason for what the user can mend, and a reference into the log for the rest."""
     if _is(error, "models.volume", "VolumeError") or _is(error, "models.task", "TaskError"):
         return Failure(title="The images cannot be segmented", detail=str(error))
-    if isinstance(error, (CardError, NoSuchModelError)) or _is(error, "models.checkpoint", "CheckpointError"):
+    unfit = _is(error, "models.checkpoint", "CheckpointError") or _is(error, "models.predictor", "OptionError")
+    if unfit or isinstance(error, (CardError, NoSuchModelError)):
         # The operator's to mend; said without the place on this machine.
         return Failure(title="The model cannot be used", detail=str(error).replace(f"{desk.settings.models}/", ""))
     return _ours(error)

@@ -73,6 +73,12 @@ class Settings(BaseSettings):
     redis_timeout: Seconds = Field(default=3, description="Seconds to wait for Redis before answering 503.")
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    overlap: float = Field(
+        default=0.5, ge=0, le=0.9, description="Share of a window that the next one covers again; 0.25 is faster."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the network's arithmetic; bfloat16 is faster on a GPU that has it."
+    )
     concurrency: int = Field(
         default=1, ge=1, description="Child processes of one worker, one per GPU: child i of `cuda` takes GPU i."
     )

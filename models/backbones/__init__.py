@@ -24,6 +24,8 @@ class BackboneEntry:
     """Patch sizes must be multiples of this: 2 to the number of halvings."""
     source: str
     """Where the network was published."""
+    fixed: bool = False
+    """Whether learned positions tie a network to the patch size of its task."""
 
     def takes(self, patch: Sequence[int]) -> bool:
         """Whether a patch of this size, in voxels, can be halved as often as the network does."""
@@ -32,8 +34,8 @@ class BackboneEntry:
 
 BACKBONES: dict[str, BackboneEntry] = {
     "rfnet": BackboneEntry(RFNet, 8, "Ding, Yu, Yang; ICCV 2021"),
-    "mmformer": BackboneEntry(MMFormer, 16, "Zhang et al.; MICCAI 2022"),
-    "m2ftrans": BackboneEntry(M2FTrans, 16, "Shi et al., 2024"),
+    "mmformer": BackboneEntry(MMFormer, 16, "Zhang et al.; MICCAI 2022", fixed=True),
+    "m2ftrans": BackboneEntry(M2FTrans, 16, "Shi et al., 2024", fixed=True),
     "unet": BackboneEntry(UNet, 8, "U-Net: Cicek et al., MICCAI 2016; averaging: Havaei et al., MICCAI 2016"),
 }
 

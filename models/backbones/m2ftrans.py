@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import slabs
 from models.backbone import Features, Fused, Mask
 from models.blocks import (
     ConvNormAct,
@@ -24,7 +25,7 @@ from models.blocks import (
 from models.convolution import pointwise
 from models.recompute import recomputed
 from models.task import Task
-from models.transformer import MLP, PreNorm, Residual, attention_weights
+from models.transformer import MLP, Linear, PreNorm, Residual, attention_weights
 
 LEVELS = 5
 SCALE = 2 ** (LEVELS - 1)
@@ -50,8 +51,8 @@ class MaskedAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, P + 1, T, D), the P present modalities, then the fusion tokens.
@@ -301,6 +302,8 @@ def stacked(level: Sequence[Tensor | None], mask: Mask) -> Tensor:
             if feature is None:
                 raise ValueError(f"modality {k} is in the mask of the fused path but was not encoded")
             present.append(feature)
+    if slabs.suit(*present):  # torch would stack them channel by channel
+        return torch.stack([f.movedim(1, -1) for f in present], dim=1).movedim(-1, 2)
     return torch.stack(present, dim=1)
 
 

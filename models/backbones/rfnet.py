@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models import slabs
 from models.backbone import Features, Fused, Mask
 from models.blocks import (
     ConvNormAct,
@@ -83,7 +84,11 @@ class RegionFusion(nn.Module):
         """present: P times (B, c, d, h, w), regions p (B, C, d, h, w), weights w (B, C, P) -> (B, c / 2, d, h, w)."""
         first, *others = self.fusion_layer
         matrix, bias = (first.get_parameter(f"conv.{name}") for name in ("weight", "bias"))
-        x = norm_act(region_sum(present, regions, weights, matrix, bias))
+        if slabs.suit(*present):
+            made = slabs.region_sum(present, regions, weights, matrix, bias)
+            x = slabs.norm_act(made, (len(regions), len(matrix), *regions.shape[2:]))
+        else:
+            x = norm_act(region_sum(present, regions, weights, matrix, bias))
         for layer in others:
             x = layer(x)
         return x
@@ -118,9 +123,9 @@ class RegionAwareFusion(nn.Module):
     def _weights(self, present: Sequence[Tensor], regions: Tensor, mask: Mask) -> Tensor:
         """w_{r,k} of the present modalities, (B, C, P). The descriptors mean(f_k p_r) are one product of matrices."""
         there = [k for k, is_there in enumerate(mask) if is_there]
-        p = rows(regions)  # (B, V, C)
-        area = p.mean(1) + AREA_EPS  # (B, C)
-        shares = p.transpose(1, 2) / p.shape[1]
+        p = regions.flatten(2)  # (B, C, V)
+        area = p.mean(2) + AREA_EPS  # (B, C)
+        shares = p / p.shape[2]
         means = torch.stack([torch.matmul(shares, rows(f)) for f in present], dim=2) / area[..., None, None]
         descriptors = means.new_zeros(*area.shape, self.modalities, means.shape[-1])  # (B, C, K, c)
         descriptors[:, :, there] = means

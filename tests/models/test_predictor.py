@@ -1,16 +1,21 @@
 """The predictor: windows, subsets, and that an absent modality cannot matter."""
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
 from models.checkpoint import Checkpoint
-from models.intake import take_in
+from models.intake import largest, take_in
 from models.layout import in_fast_layout
-from models.predictor import Predictor, window_count
-from models.task import TaskError
+from models.predictor import FAST_OVERLAP, OptionError, Predictor
+from models.task import Task, TaskError
 from models.volume import Volume, VolumeError
+from models.windows import Windows
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def test_probabilities_are_the_uniform_mean_over_windows(predictor, scans):
                     total[(slice(None), *place)] += network.fuse(network.encode(patch, mask), mask).logits.softmax(1)[0]
                     count[place] += 1
                     windows += 1
-    assert windows == window_count(intake.box.shape, (16, 16, 16))
+    assert windows == len(Windows(intake.box.shape, (16, 16, 16), 0.5))
     np.testing.assert_allclose(predictor.probabilities(intake), (total / count).numpy(), atol=2e-6)
 
 
@@ -162,3 +167,81 @@ def test_images_that_are_no_plain_volume_are_refused(tmp_path):
     (tmp_path / "scan.nii").write_bytes(blob[:-100])
     with pytest.raises(VolumeError, match="incomplete or damaged"):
         Volume.load(tmp_path / "scan.nii")
+
+
+def test_several_windows_at_a_time_change_nothing(predictor, small_checkpoint, scans):
+    volumes = {m: Volume.load(scans[m]) for m in ("t1", "t2")}
+    intake = take_in(volumes, predictor.task)
+    three = Predictor(Checkpoint.load(small_checkpoint), batch=3)
+    np.testing.assert_allclose(three.probabilities(intake), predictor.probabilities(intake), atol=1e-5)
+
+
+def test_a_smaller_overlap_and_another_window_cover_the_box(small_checkpoint, scans):
+    for options in ({"overlap": FAST_OVERLAP}, {"overlap": 0}, {"window": (24, 16, 48)}):
+        predictor = Predictor(Checkpoint.load(small_checkpoint), **options)
+        intake = take_in({"t1": Volume.load(scans["t1"])}, predictor.task, predictor.window)
+        probabilities = predictor.probabilities(intake)
+        np.testing.assert_allclose(probabilities.sum(0), 1, atol=1e-5)
+        assert predictor.segment({"t1": scans["t1"]}).classes.shape == (40, 40, 26)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap": 1.0}, "an overlap of 1 cannot be had: give a share from 0 to 0.9"),
+        ({"overlap": -0.1}, "cannot be had"),
+        ({"window": (20, 16, 16)}, "20 x 16 x 16 voxels does not fit rfnet: use multiples of 8, at least 16"),
+        ({"window": (16, 16)}, "give one number, or three"),
+        ({"precision": "float16"}, "precision 'float16' is unknown: use float32 or bfloat16"),
+        (
+            {"precision": "bfloat16", "device": "meta"},
+            "the device 'meta' has no bfloat16 arithmetic: use precision float32",
+        ),
+    ],
+)
+def test_options_that_cannot_be_had_are_refused_at_the_start(small_checkpoint, options, message):
+    with pytest.raises(OptionError, match=message):
+        Predictor(Checkpoint.load(small_checkpoint), **options)
+
+
+def test_learned_positions_refuse_another_window():
+    from models.backbones import build
+    from models.card import Card
+
+    task = Task.load("glioma").model_copy(update={"patch_size": (32, 32, 32)})
+    card = Card(
+        name="fixed", task=task, backbone="m2ftrans", width=8, regime="idt", method="none", missing_rates={}
+    )  # fmt: skip
+    network = build("m2ftrans", task, 8)
+    assert Predictor(Checkpoint(card, network), window=(32, 32, 32)).window == (32, 32, 32)
+    with pytest.raises(OptionError, match="learned positions are made for 32 x 32 x 32"):
+        Predictor(Checkpoint(card, network), window=(48, 48, 48))
+
+
+def test_bfloat16_is_close_or_refused(small_checkpoint, predictor, scans):
+    intake = take_in({m: Volume.load(scans[m]) for m in ("flair", "t1ce")}, predictor.task)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        with pytest.raises(OptionError, match="no bfloat16 arithmetic"):
+            Predictor(Checkpoint.load(small_checkpoint), precision="bfloat16")
+        return
+    half = Predictor(Checkpoint.load(small_checkpoint), precision="bfloat16").probabilities(intake)
+    assert half.dtype == np.float32
+    assert np.abs(half - predictor.probabilities(intake)).mean() < 0.02
+
+
+def test_the_largest_is_the_first_of_equals_as_numpy_has_it():
+    rng = np.random.default_rng(0)
+    p = rng.integers(0, 4, (5, 6, 7, 8)).astype(np.float32)
+    np.testing.assert_array_equal(largest(p), np.argmax(p, axis=0))
+
+
+def test_a_predictor_works_in_a_thread_too(predictor, scans):
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(predictor.segment, {"t1": scans["t1"]}).result()
+    np.testing.assert_array_equal(there.classes, predictor.segment({"t1": scans["t1"]}).classes)
+
+
+def test_importing_the_predictor_imports_no_monai():
+    code = "import sys, models.predictor; print(sorted({'monai', 'scipy.signal', 'pandas'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.strip() == "[]"

@@ -243,3 +243,27 @@ def test_predict_refuses_in_one_line_and_writes_nothing(checkpoint, tmp_path, mo
     assert isinstance(result.exception, UserError), result.output
     assert message in str(result.exception)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_predict_takes_its_windows_from_the_command_line(checkpoint, case, tmp_path):
+    given = ("predict", checkpoint, "--t1", scan(case, "t1"), "-o", tmp_path / "m.nii.gz")
+    for options in (("--fast",), ("--overlap", 0, "--window", "24x16x16")):
+        result = run(*given, *options)
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fast", "--overlap", 0.5), "--fast is --overlap 0.25: give one of the two"),
+        (("--window", "16x16"), "--window 16x16: write voxels along each axis, such as 96 or 96x96x64"),
+        (("--window", "20"), "a window of 20 x 20 x 20 voxels does not fit rfnet"),
+        (("--overlap", 1), "an overlap of 1 cannot be had"),
+        (("--precision", "half"), "precision 'half' is unknown: use float32 or bfloat16"),
+    ],
+)
+def test_windows_that_cannot_be_had_are_refused(checkpoint, case, tmp_path, options, message):
+    result = run("predict", checkpoint, "--t1", scan(case, "t1"), "-o", tmp_path / "m.nii.gz", *options)
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "m.nii.gz").exists()

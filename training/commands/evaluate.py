@@ -32,6 +32,7 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="The data's name in the card; default: the folder's.")] = None,
     card: Annotated[bool, typer.Option(help="Write the scores into the checkpoint's card.json.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    overlap: Annotated[float, typer.Option(help="As for predict; scores on a card are those of 0.5.")] = 0.5,
 ) -> None:
     """Dice and HD95 of every region for every subset of modalities: table, CSV, picture, and the model's card.
 
@@ -39,7 +40,7 @@ def evaluate(
     predictions taken for none.
     """
     from models.checkpoint import Checkpoint, CheckpointError, save_card
-    from models.predictor import Predictor
+    from models.predictor import OptionError, Predictor
     from training import evaluation
     from training.device import choose_device
     from training.metrics import CONVENTIONS
@@ -52,7 +53,8 @@ def evaluate(
         raise UserError(f"--empty {empty}: use one of {', '.join(CONVENTIONS)}")
     try:
         loaded = Checkpoint.load(checkpoint)
-    except CheckpointError as error:
+        predictor = Predictor(loaded, choose_device(device), overlap=overlap)
+    except (CheckpointError, OptionError) as error:
         raise UserError(str(error)) from error
     task = loaded.card.task
     found = find_cases(cases, task)
@@ -72,7 +74,6 @@ def evaluate(
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("cases"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(found))
-        predictor = Predictor(loaded, choose_device(device))
         result = evaluation.evaluate(predictor, found, subsets, convention, lambda: progress.advance(bar))
     scores = result.scores(dataset or cases.resolve().name)
     result.write_csv(folder / "scores.csv")

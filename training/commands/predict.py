@@ -48,13 +48,28 @@ def predict(
         typer.Option(help="NAME=FILE, for any modality of any model; may be repeated.", callback=_remember),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Share of a window that the next one covers again.  [default: 0.5]", show_default=False),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            help="Voxels of a window: 96, or 96x96x64.  [default: the patch the model was trained on]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16: faster on a GPU that has it.")] = "float32",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A third of the windows (--overlap 0.25), a little less accurate.")
+    ] = False,
 ) -> None:
     """Segment one patient from whatever scans there are; the mask lies on the grid of the first one given.
 
     Exit status 0 means the mask is there and whole.
     """
     from models.checkpoint import Checkpoint, CheckpointError
-    from models.predictor import Predictor
+    from models.predictor import FAST_OVERLAP, OVERLAP, OptionError, Predictor
     from models.task import TaskError
     from models.volume import VolumeError
     from training.device import choose_device
@@ -66,16 +81,22 @@ def predict(
         raise UserError(f"{output}: end the mask's name in .nii.gz or .nii")
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} is no folder: make it first")
+    if fast and overlap is not None:
+        raise UserError(f"--fast is --overlap {FAST_OVERLAP:g}: give one of the two")
+    share = FAST_OVERLAP if fast else OVERLAP if overlap is None else overlap
+    size = None if window is None else _window(window)
     console = Console(stderr=True)
     try:
-        predictor = Predictor(Checkpoint.load(checkpoint), choose_device(device))
+        predictor = Predictor(
+            Checkpoint.load(checkpoint), choose_device(device), overlap=share, window=size, precision=precision
+        )
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("loading", total=1.0)
             result = predictor.segment(
                 files, lambda stage, fraction: progress.update(bar, description=stage, completed=fraction)
             )
         result.save(output)
-    except (CheckpointError, TaskError, VolumeError) as error:
+    except (CheckpointError, OptionError, TaskError, VolumeError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{output}: cannot write the mask ({error.strerror})") from error
@@ -83,3 +104,10 @@ def predict(
     print(f"{output}: {volumes} (research software, not a medical device)")
     if result.empty:
         console.print("[bold yellow]the mask is empty:[/] the model found nothing in these scans")
+
+
+def _window(given: str) -> tuple[int, ...]:
+    sizes = given.split("x")
+    if len(sizes) not in {1, 3} or not all(size.isdecimal() and size.isascii() for size in sizes):
+        raise UserError(f"--window {given}: write voxels along each axis, such as 96 or 96x96x64")
+    return tuple(int(size) for size in (sizes * 3 if len(sizes) == 1 else sizes))

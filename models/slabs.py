@@ -1,0 +1,278 @@
+"""Inference on a CPU, slab by slab: what is made of some planes is used while the processor's cache still has it.
+
+A layer without gradients need keep nothing. Its volume (B, c, D, H, W), channels last, is made in slabs: matrices
+(n, c) of n voxels each. Every function here that makes them yields them in order, and `joined` or `norm_act` puts them
+together. The sums are those of `models.convolution`, `models.normalisation` and `models.region_sum`.
+
+Convolutions of few channels put neighbouring voxels side by side: a vector register holds `LANES` channels, and a
+convolution to 8 wastes half of it. Channels last, n voxels along the last axis with c channels each lie in memory as
+one voxel with n * c channels does. n outputs need n + 2 inputs, two such voxels: a kernel of 3 x 3 x 2 with some
+weights 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import gcd, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layout import is_channels_last, volume
+
+SLOPE = 0.2
+EPS = 1e-5
+SLAB_BYTES = 2**21
+"""Of a slab's padded input: with what is made of it, about what a core's caches hold."""
+LEAST = 4096
+"""Voxels: a volume that has no more is in the cache anyway, and would take more calls here."""
+LEAST_NUMBERS = 2**15
+"""The same for the input of a linear layer."""
+LANES = 16
+"""Numbers in single precision that a vector register holds (AVX-512)."""
+
+
+def suit(*inputs: Tensor) -> bool:
+    """Whether a layer of these can be made here: without gradients, on a CPU, in single precision, not small; volumes
+    (B, c, D, H, W) channels last."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # graph formats have no such operations
+        return False
+    return all(_suits(x) for x in inputs)
+
+
+def _suits(x: Tensor) -> bool:
+    large = x[0, 0].numel() > LEAST and is_channels_last(x) if x.ndim == 5 else x.numel() > LEAST_NUMBERS
+    return large and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., cin) times weight (cout, cin), plus bias: a 1x1 convolution, which oneDNN makes at the full vector width
+    whatever processor it is; torch's product of matrices does not on AMD's."""
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y: Tensor = torch.ops.aten.mkldnn_convolution(image, weight[:, :, None, None], bias, [0, 0], [1, 1], [1, 1], 1)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
+def joined(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+    """The slabs of a volume as that volume, of `shape` (B, c, D, H, W)."""
+    out, at = _empty(shape), 0
+    matrix = out.view(-1, shape[1])
+    for slab in slabs:
+        matrix[at : at + len(slab)] = slab
+        at += len(slab)
+    return volume(out, shape[2:])
+
+
+def norm_act(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+    """InstanceNorm without affine, then LeakyReLU(0.2), of the volume of `shape` (B, c, D, H, W) that slabs are of.
+
+    No slab may hold voxels of two samples.
+    """
+    out, voxels, at = _empty(shape), prod(shape[2:]), 0
+    matrix, of_sample = out.view(-1, shape[1]), _Moments(voxels)
+    for slab in slabs:
+        of_sample.add(slab)
+        if of_sample.whole:
+            mean, inverse_deviation = of_sample.mean_and_inverse_deviation()
+            for wide in of_sample.slabs:
+                place = matrix[at : at + wide.numel() // shape[1]].view(wide.shape)
+                torch.sub(wide, mean.of(wide), out=place)
+                F.leaky_relu_(place.mul_(inverse_deviation.of(wide)), SLOPE)
+                at += wide.numel() // shape[1]
+            of_sample = _Moments(voxels)
+    return volume(out, shape[2:])
+
+
+class _Spread:
+    """A value per channel, (c,), for the columns of matrices by `_wide`."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._of: dict[int, Tensor] = {}
+
+    def of(self, wide: Tensor) -> Tensor:
+        width = wide.shape[1]
+        if width not in self._of:
+            self._of[width] = self.values.repeat(width // len(self.values))
+        return self._of[width]
+
+
+class _Moments:
+    """Mean and variance per channel of a sample's voxels, summed up slab by slab.
+
+    Around the first slab's mean, which is the mean of a share of all voxels: so the squares' sum loses no digits.
+    """
+
+    def __init__(self, voxels: int) -> None:
+        self.slabs: list[Tensor] = []
+        """By `_wide`."""
+        self._voxels = voxels
+        self._left = voxels
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def whole(self) -> bool:
+        return self._left == 0
+
+    def add(self, slab: Tensor) -> None:
+        wide = _wide(slab)
+        if not self.slabs:
+            self._about = _Spread(wide.sum(0).view(-1, slab.shape[1]).sum(0) / len(slab))
+        off = wide - self._about.of(wide)
+        of_off, of_squares = off.sum(0), off.square_().sum(0)
+        if wide.shape[1] in self._sums:
+            of_off += self._sums[wide.shape[1]][0]
+            of_squares += self._sums[wide.shape[1]][1]
+        self._sums[wide.shape[1]] = of_off, of_squares
+        self.slabs.append(wide)
+        self._left -= len(slab)
+
+    def mean_and_inverse_deviation(self) -> tuple[_Spread, _Spread]:
+        about = self._about.values
+        of_off, of_squares = (
+            torch.stack([s.view(-1, len(about)).sum(0) for s in sums]).sum(0) / self._voxels
+            for sums in zip(*self._sums.values(), strict=True)
+        )
+        variance = (of_squares - of_off.square()).clamp_min(0)
+        return _Spread(about + of_off), _Spread((variance + EPS).rsqrt())
+
+
+def of_volume(x: Tensor) -> Iterator[Tensor]:
+    """The slabs of x (B, c, D, H, W): views."""
+    matrix, voxels = _matrix(x), prod(x.shape[2:])
+    most = max(SLAB_BYTES // (4 * x.shape[1]) // 64 * 64, 64)
+    for sample in range(len(x)):
+        yield from matrix[sample * voxels : (sample + 1) * voxels].split(most)
+
+
+def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int, reflect: bool) -> Iterator[Tensor]:
+    """As `models.convolution.convolve`."""
+    batch, _, *(depth, height, width) = parts[0].shape
+    (cout, cin), n = weight.shape[:2], _fold(weight, stride, width)
+    folded, bias = (_folded(weight, n), bias.repeat(n)) if n > 1 else (weight, bias)
+    beyond = max(n, 2)
+    planes = max(SLAB_BYTES // (4 * cin * (height + 2) * (width + beyond) * stride), 1)
+    sources = [part.movedim(1, -1) for part in parts]
+    # The last columns of a folded volume meet weights of 0 only; what never was written might be NaN.
+    padded = parts[0].new_zeros((planes - 1) * stride + 3, height + 2, width + beyond, cin)
+    for sample in range(batch):
+        for start in range(0, -(-depth // stride), planes):
+            count = min(planes, -(-depth // stride) - start)
+            into = padded[: (count - 1) * stride + 3]
+            _pad([source[sample] for source in sources], into, start * stride - 1, reflect)
+            x = into.view(1, len(into), height + 2, (width + beyond) // n, n * cin).movedim(-1, 1)
+            # Not `conv3d`: of small volumes it makes a convolution of its own, several times slower.
+            y = torch.ops.aten.mkldnn_convolution(x, folded, bias, [0] * 3, [stride] * 3, [1] * 3, 1)
+            yield y.movedim(1, -1).reshape(-1, cout)
+
+
+def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
+    """As `models.convolution.pointwise`."""
+    cout, cin = weight.shape[:2]
+    columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
+    voxels = prod(parts[0].shape[2:])
+    n = 1
+    while 2 * n * max(cout, *(p.shape[1] for p in parts)) <= LANES and voxels % (2 * n) == 0:
+        n *= 2
+    matrices = [torch.block_diag(*[column.T] * n) for column in columns]
+    for chunk in _chunks(parts, max(cin, cout)):
+        y = bias.repeat(n)
+        for part, matrix in zip(chunk, matrices, strict=True):
+            y = torch.addmm(y, part.view(-1, len(matrix)), matrix)
+        yield y.view(-1, cout)
+
+
+def region_sum(
+    features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor
+) -> Iterator[Tensor]:
+    """As `models.region_sum.region_sum`: sum_r p_r (sum_k w_{r,k} f_k) M_r.
+
+    The weights go into the matrices, so that one product of matrices gives all regions' maps.
+    """
+    cout, count = len(matrix), regions.shape[1]
+    blocks = matrix.flatten(1).unflatten(1, (count, -1))  # (cout, R, c)
+    of_sample = torch.einsum("brk,orc->bkcro", weights, blocks).flatten(3).flatten(1, 2)  # (B, P * c, R * cout)
+    spread = torch.eye(count).repeat_interleave(cout, 1)  # (R, R * cout)
+    together = torch.eye(cout).repeat(count, 1)  # (R * cout, cout)
+    p, voxels, done = regions.flatten(2), prod(regions.shape[2:]), 0
+    for chunk in _chunks(features, sum(f.shape[1] for f in features) + 2 * count * cout):
+        sample, at = divmod(done, voxels)
+        maps = torch.mm(torch.cat(chunk, dim=1), of_sample[sample])
+        maps *= torch.mm(p[sample, :, at : at + len(maps)].T, spread)
+        done += len(maps)
+        yield torch.addmm(bias, maps, together)
+
+
+def _chunks(volumes: Sequence[Tensor], channels: int) -> Iterator[list[Tensor]]:
+    """The same voxels of every volume, as matrices (n, c): some thousand of one sample at a time."""
+    matrices, voxels = [_matrix(v) for v in volumes], prod(volumes[0].shape[2:])
+    most = max(SLAB_BYTES // (4 * channels) // 64 * 64, 64)
+    for start in range(0, len(matrices[0]), voxels):
+        for at in range(start, start + voxels, most):
+            yield [m[at : min(at + most, start + voxels)] for m in matrices]
+
+
+def _pad(sources: Sequence[Tensor], into: Tensor, start: int, reflect: bool) -> None:
+    """Fills `into` (planes, H + 2, W + 2 or more, sum of c_i) from volumes (D, H, W, c_i), side by side.
+
+    Its first plane is their plane `start`, which may be -1.
+    """
+    depth, height, width, _ = sources[0].shape
+    low, high = max(start, 0), min(start + len(into), depth)
+    at = 0
+    for source in sources:
+        place = into[low - start : high - start, 1 : height + 1, 1 : width + 1, at : at + source.shape[3]]
+        place.copy_(source[low:high])
+        at += source.shape[3]
+    faces = [(into[:, 0], into[:, 2]), (into[:, height + 1], into[:, height - 1])]
+    faces += [(into[:, :, 0], into[:, :, 2]), (into[:, :, width + 1], into[:, :, width - 1])]
+    if start < 0:
+        faces.append((into[0], into[2]))
+    if start + len(into) > depth:
+        faces.append((into[-1], into[-3]))
+    for face, inner in faces:
+        if reflect:
+            face.copy_(inner)
+        else:
+            face.zero_()
+
+
+def _fold(weight: Tensor, stride: int, width: int) -> int:
+    """Voxels to put side by side; 1: none."""
+    cout, cin = weight.shape[:2]
+    if stride > 1:
+        return 1
+    n = 1
+    # One channel's kernel is so small that even two registers pay.
+    while n * cout < (2 * LANES if cin == 1 else LANES) and width % (2 * n) == 0 and n < 8:
+        n *= 2
+    return n
+
+
+def _folded(weight: Tensor, n: int) -> Tensor:
+    """(cout, cin, 3, 3, 3) -> (n * cout, n * cin, 3, 3, 2): the same convolution of n voxels side by side."""
+    cout, cin = weight.shape[:2]
+    folded = weight.new_zeros(n, cout, n, cin, 3, 3, 2)
+    for out in range(n):
+        for tap in range(3):
+            group, place = divmod(out + tap, n)
+            folded[out, :, place, :, :, :, group] = weight[..., tap]
+    return folded.view(n * cout, n * cin, 3, 3, 2)
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    """(B, V, c) for a volume of `shape` (B, c, D, H, W)."""
+    return torch.empty(shape[0], prod(shape[2:]), shape[1])
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(B, c, D, H, W), channels last, as (B * V, c): a view."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _wide(slab: Tensor) -> Tensor:
+    """(n, c) with several voxels to a row, which is as long as vector instructions want it: a view."""
+    return slab.view(-1, gcd(len(slab), 64) * slab.shape[1])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Names of `mallopt`, as <malloc.h> numbers them."""
 MADV_HUGEPAGE = 14
 HUGE_PAGE = 2**21
@@ -36,6 +36,7 @@ def kept_heap() -> Iterator[None]:
     if library is None:
         yield
         return
+    library.mallopt(M_ARENA_MAX, 1)  # for good: the heaps of other threads are too small for a map
     library.mallopt(M_MMAP_MAX, 0)
     library.mallopt(M_TRIM_THRESHOLD, MOST)
     _huge_pages(library)

@@ -33,6 +33,8 @@ MOST_OVERLAP = 0.9
 PRECISIONS = ("float32", "bfloat16")
 MOST_AT_A_TIME = 16
 """Windows per forward pass of a GPU: more fill it no better."""
+MOST_LANES = 4
+"""Windows side by side on a CPU; each takes some 300 MB."""
 Progress = Callable[[str, float], None]
 
 
@@ -147,37 +149,38 @@ class Predictor:
         # In the task's order, whatever order the volumes were given in.
         x = torch.from_numpy(normalised(intake.arrays, [self.task.names[k] for k in there])).to(self.device)
         windows = Windows(intake.box.shape, self.window, self.overlap)
-        done = 0
 
         def found(patches: Tensor) -> Tensor:
-            nonlocal done
             # The channels of missing modalities are never read.
             full = in_fast_layout(patches.new_empty(len(patches), len(mask), *patches.shape[2:]))
             full[:, there] = patches
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                logits = self._network.fuse(self._network.encode(full, mask), mask).logits
-            p: Tensor = logits.float().softmax(1)
-            done += len(patches)
-            on_fraction(done / len(windows))
-            return p
+            return self._of_windows(full, mask)
 
-        on_fraction(0.0)
-        with kept_heap() if self.device.type == "cpu" else nullcontext():
-            averaged = windows.mean(found, x, len(self.task.labels), self._windows_at_a_time(x, mask))
+        on_cpu = self.device.type == "cpu"
+        batch, lanes = self._windows_at_a_time(x, mask), min(torch.get_num_threads(), MOST_LANES) if on_cpu else 1
+        with kept_heap() if on_cpu else nullcontext():
+            averaged = windows.mean(found, x, len(self.task.labels), batch=batch, lanes=lanes, on_fraction=on_fraction)
             result: npt.NDArray[np.float32] = averaged.cpu().numpy()
         return result
 
+    def _of_windows(self, windows: Tensor, mask: Mask) -> Tensor:
+        """Class probabilities (B, C, D, H, W) of windows (B, K, D, H, W)."""
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"),
+        ):
+            logits: Tensor = self._network.fuse(self._network.encode(windows, mask), mask).logits
+        return logits.float().softmax(1)
+
     def _windows_at_a_time(self, x: Tensor, mask: Mask) -> int:
-        """On a CPU one, whose maps stay in the cache; on a GPU as many as half of the free memory takes."""
+        """In a lane of a CPU one, whose maps stay in the cache; on a GPU as many as half of the free memory takes."""
         if self._batch is not None:
             return self._batch
         if self.device.type != "cuda":
             return 1
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        one = x.new_zeros(1, len(mask), *self.window)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            self._network.fuse(self._network.encode(one, mask), mask)
+        self._of_windows(x.new_zeros(1, len(mask), *self.window), mask)
         of_one = torch.cuda.max_memory_allocated(self.device) - before
         free, _ = torch.cuda.mem_get_info(self.device)
         return max(1, min(MOST_AT_A_TIME, free // 2 // max(of_one, 1)))

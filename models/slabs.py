@@ -38,7 +38,8 @@ def suit(*inputs: Tensor) -> bool:
     (B, c, D, H, W) channels last."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # graph formats have no such operations
+    # Graph formats have no such operations.
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
         return False
     return all(_suits(x) for x in inputs)
 
@@ -76,11 +77,11 @@ def norm_act(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
     for slab in slabs:
         of_sample.add(slab)
         if of_sample.whole:
-            mean, inverse_deviation = of_sample.mean_and_inverse_deviation()
+            scale, shift = of_sample.scale_and_shift()
             for wide in of_sample.slabs:
                 place = matrix[at : at + wide.numel() // shape[1]].view(wide.shape)
-                torch.sub(wide, mean.of(wide), out=place)
-                F.leaky_relu_(place.mul_(inverse_deviation.of(wide)), SLOPE)
+                torch.addcmul(shift.of(wide), wide, scale.of(wide), out=place)
+                F.leaky_relu_(place, SLOPE)
                 at += wide.numel() // shape[1]
             of_sample = _Moments(voxels)
     return volume(out, shape[2:])
@@ -130,14 +131,16 @@ class _Moments:
         self.slabs.append(wide)
         self._left -= len(slab)
 
-    def mean_and_inverse_deviation(self) -> tuple[_Spread, _Spread]:
+    def scale_and_shift(self) -> tuple[_Spread, _Spread]:
+        """What a value is multiplied by, and what is added then, to have mean 0 and variance 1."""
         about = self._about.values
         of_off, of_squares = (
             torch.stack([s.view(-1, len(about)).sum(0) for s in sums]).sum(0) / self._voxels
             for sums in zip(*self._sums.values(), strict=True)
         )
         variance = (of_squares - of_off.square()).clamp_min(0)
-        return _Spread(about + of_off), _Spread((variance + EPS).rsqrt())
+        scale = (variance + EPS).rsqrt()
+        return _Spread(scale), _Spread(-(about + of_off) * scale)
 
 
 def of_volume(x: Tensor) -> Iterator[Tensor]:
@@ -172,17 +175,8 @@ def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int,
 def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
     """As `models.convolution.pointwise`."""
     cout, cin = weight.shape[:2]
-    columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
-    voxels = prod(parts[0].shape[2:])
-    n = 1
-    while 2 * n * max(cout, *(p.shape[1] for p in parts)) <= LANES and voxels % (2 * n) == 0:
-        n *= 2
-    matrices = [torch.block_diag(*[column.T] * n) for column in columns]
     for chunk in _chunks(parts, max(cin, cout)):
-        y = bias.repeat(n)
-        for part, matrix in zip(chunk, matrices, strict=True):
-            y = torch.addmm(y, part.view(-1, len(matrix)), matrix)
-        yield y.view(-1, cout)
+        yield linear(chunk[0] if len(chunk) == 1 else torch.cat(chunk, dim=1), weight.flatten(1), bias)
 
 
 def region_sum(
@@ -200,10 +194,10 @@ def region_sum(
     p, voxels, done = regions.flatten(2), prod(regions.shape[2:]), 0
     for chunk in _chunks(features, sum(f.shape[1] for f in features) + 2 * count * cout):
         sample, at = divmod(done, voxels)
-        maps = torch.mm(torch.cat(chunk, dim=1), of_sample[sample])
+        maps = linear(torch.cat(chunk, dim=1), of_sample[sample].T, None)
         maps *= torch.mm(p[sample, :, at : at + len(maps)].T, spread)
         done += len(maps)
-        yield torch.addmm(bias, maps, together)
+        yield linear(maps, together.T, bias)
 
 
 def _chunks(volumes: Sequence[Tensor], channels: int) -> Iterator[list[Tensor]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from models.lanes import in_lanes
 
 Place: TypeAlias = tuple[slice, slice, slice]
 
@@ -42,21 +44,41 @@ class Windows:
             i, j, k = (slice(start, start + w) for start, w in zip(corner, self.size, strict=True))
             yield i, j, k
 
-    def mean(self, found: Callable[[Tensor], Tensor], x: Tensor, classes: int, batch: int = 1) -> Tensor:
+    def mean(
+        self,
+        found: Callable[[Tensor], Tensor],
+        x: Tensor,
+        classes: int,
+        *,
+        batch: int = 1,
+        lanes: int = 1,
+        on_fraction: Callable[[float], None] = lambda _fraction: None,
+    ) -> Tensor:
         """The mean of `found` over the windows, every window weighing the same: (C, X, Y, Z) float32.
 
-        x (P, X, Y, Z); `found` takes up to `batch` windows (B, P, *size) and gives (B, C, *size).
+        x (P, X, Y, Z); `found` takes up to `batch` windows (B, P, *size) and gives (B, C, *size). It runs in `lanes`
+        threads; their number does not change the sums. `on_fraction` hears how much is done, and may raise to stop.
         """
-        total = torch.zeros(classes, *self.shape, device=x.device)
-        places = iter(self)
-        while some := list(itertools.islice(places, batch)):
-            of_windows = found(torch.stack([x[(slice(None), *place)] for place in some]))
-            for place, of_window in zip(some, of_windows, strict=True):
+        total, done = torch.zeros(classes, *self.shape, device=x.device), 0
+
+        def found_in(places: Sequence[Place]) -> tuple[Sequence[Place], Tensor]:
+            return places, found(torch.stack([x[(slice(None), *place)] for place in places]))
+
+        on_fraction(0.0)
+        for places, of_windows in in_lanes(found_in, self._batches(batch), lanes):
+            for place, of_window in zip(places, of_windows, strict=True):
                 total[(slice(None), *place)] += of_window
+            done += len(places)
+            on_fraction(done / len(self))
         i, j, k = (torch.tensor(times, device=x.device) for times in self._times())
         for plane, times in zip(total.unbind(1), i, strict=True):
             plane.div_(times * j[:, None] * k)
         return total
+
+    def _batches(self, most: int) -> Iterator[Sequence[Place]]:
+        places = iter(self)
+        while some := list(itertools.islice(places, most)):
+            yield some
 
     def _starts(self) -> list[list[int]]:
         """Per axis."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models import slabs
 from models.backbone import Features, Mask
-from models.convolution import convolve, convolved_shape, pointwise
+from models.convolution import Border, convolve, convolved_shape, pointwise
 from models.layout import channel
 from models.normalisation import norm_act
 
@@ -37,20 +37,42 @@ class ConvNormAct(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(cin, cout, kernel, stride)
 
-    def forward(self, *parts: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self, *parts: Tensor, prepare: Callable[[Tensor], Tensor] | None = None, plus: Tensor | None = None
+    ) -> Tensor:
         """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride).
 
-        `prepare` as in `convolve`; only a 3x3x3 convolution takes it.
+        `plus` is added at the end. `prepare` as in `convolve`; only a 3x3x3 convolution takes it, and `plus`.
         """
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
-        if prepare and not torch.is_grad_enabled():  # nothing is kept that could be prepared again
-            parts, prepare = tuple(prepare(part) for part in parts), None
-        if slabs.suit(*parts):
-            return _slab_by_slab(parts, weight, bias, self.conv.stride[0])
+        if plus is not None and slabs.suit(plus, *parts):
+            made = slabs.convolve(parts, weight, bias, self.conv.stride[0], reflect=True)
+            return slabs.norm_act(made, plus.shape, then_plus=plus)
+        x = conv_norm_act(parts, weight, bias, self.conv.stride[0], prepare=prepare)
+        return x if plus is None else plus + x
+
+
+def conv_norm_act(
+    parts: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    border: Border = "reflect",
+    prepare: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`norm_act` of a convolution, 3x3x3 as `convolve` or 1x1x1 as `pointwise`."""
+    if prepare and not torch.is_grad_enabled():  # nothing is kept that could be prepared again
+        parts, prepare = [prepare(part) for part in parts], None
+    if slabs.suit(*parts):
         if weight.shape[-1] == 1:
-            return norm_act(pointwise(parts, weight, bias))
-        return norm_act(convolve(parts, weight, bias, self.conv.stride[0], prepare=prepare))
+            made = slabs.pointwise(parts, weight, bias)
+        else:
+            made = slabs.convolve(parts, weight, bias, stride, border == "reflect")
+        return slabs.norm_act(made, convolved_shape(parts[0], weight, stride))
+    if weight.shape[-1] == 1:
+        return norm_act(pointwise(parts, weight, bias))
+    return norm_act(convolve(parts, weight, bias, stride, border, prepare))
 
 
 class MaskedPointwise(nn.Module):
@@ -68,18 +90,7 @@ class MaskedPointwise(nn.Module):
         """Features (B, cin, D, H, W) of the modalities present in `mask`, in order -> (B, cout, D, H, W)."""
         assert self.conv.bias is not None
         weight = present_columns(self.conv.weight, self.modalities, [k for k, there in enumerate(mask) if there])
-        if slabs.suit(*present):
-            return _slab_by_slab(present, weight, self.conv.bias, 1)
-        return norm_act(pointwise(present, weight, self.conv.bias))
-
-
-def _slab_by_slab(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """Convolution, norm and activation where `slabs.suit`."""
-    if weight.shape[-1] == 1:
-        made = slabs.pointwise(parts, weight, bias)
-    else:
-        made = slabs.convolve(parts, weight, bias, stride, reflect=True)
-    return slabs.norm_act(made, convolved_shape(parts[0], weight, stride))
+        return conv_norm_act(present, weight, self.conv.bias)
 
 
 class Encoder(nn.Module):
@@ -100,8 +111,7 @@ class Encoder(nn.Module):
         features = []
         for level in range(1, self.levels + 1):
             x = self.get_submodule(f"e{level}_c1")(x)
-            y = self.get_submodule(f"e{level}_c3")(self.get_submodule(f"e{level}_c2")(x))
-            x = x + y if torch.is_grad_enabled() else y.add_(x)
+            x = self.get_submodule(f"e{level}_c3")(self.get_submodule(f"e{level}_c2")(x), plus=x)
             features.append(x)
         return features
 

@@ -67,22 +67,34 @@ def joined(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
     return volume(out, shape[2:])
 
 
-def norm_act(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+def plus(slabs: Iterable[Tensor], x: Tensor) -> Iterator[Tensor]:
+    """The slabs of a volume, to which x (B, c, D, H, W) is added."""
+    matrix, at = _matrix(x), 0
+    for slab in slabs:
+        yield slab.add_(matrix[at : at + len(slab)])
+        at += len(slab)
+
+
+def norm_act(slabs: Iterable[Tensor], shape: Sequence[int], then_plus: Tensor | None = None) -> Tensor:
     """InstanceNorm without affine, then LeakyReLU(0.2), of the volume of `shape` (B, c, D, H, W) that slabs are of.
 
-    No slab may hold voxels of two samples.
+    What is given as `then_plus`, of the same shape, is added to it at the end. No slab may hold voxels of two samples.
     """
     out, voxels, at = _empty(shape), prod(shape[2:]), 0
     matrix, of_sample = out.view(-1, shape[1]), _Moments(voxels)
+    addend = None if then_plus is None else _matrix(then_plus)
     for slab in slabs:
         of_sample.add(slab)
         if of_sample.whole:
             scale, shift = of_sample.scale_and_shift()
             for wide in of_sample.slabs:
-                place = matrix[at : at + wide.numel() // shape[1]].view(wide.shape)
+                there = slice(at, at + wide.numel() // shape[1])
+                place = matrix[there].view(wide.shape)
                 torch.addcmul(shift.of(wide), wide, scale.of(wide), out=place)
                 F.leaky_relu_(place, SLOPE)
-                at += wide.numel() // shape[1]
+                if addend is not None:
+                    place.add_(addend[there].view(wide.shape))
+                at = there.stop
             of_sample = _Moments(voxels)
     return volume(out, shape[2:])
 

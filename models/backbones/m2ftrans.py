@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import slabs
 from models.backbone import Features, Fused, Mask
 from models.blocks import (
     ConvNormAct,
@@ -219,10 +218,11 @@ class Refinement(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([RefinementLayer(names, width, n == REFINEMENTS - 1) for n in range(REFINEMENTS)])
 
-    def forward(self, query: Tensor, present: Tensor, mask: Mask) -> Tensor:
-        """query (B, c, d, h, w), present (B, P, c, d, h, w) -> (B, c, d, h, w)."""
+    def forward(self, query: Tensor, present: Sequence[Tensor], mask: Mask) -> Tensor:
+        """query (B, c, d, h, w), present: P times the same -> (B, c, d, h, w)."""
+        together = torch.stack(list(present), dim=1)
         for layer in self.layers:
-            query, present = recomputed(layer, query, present, mask)
+            query, together = recomputed(layer, query, together, mask)
         return query
 
 
@@ -239,9 +239,9 @@ class ModalityFusion(nn.Module):
             ]
         )
 
-    def forward(self, present: Tensor, mask: Mask) -> Tensor:
-        """present (B, P, c, d, h, w) -> (B, c, d, h, w)."""
-        x: Tensor = self.fusion_layer[0](present.unbind(1), mask)
+    def forward(self, present: Sequence[Tensor], mask: Mask) -> Tensor:
+        """present: P times (B, c, d, h, w) -> (B, c, d, h, w)."""
+        x: Tensor = self.fusion_layer[0](present, mask)
         for layer in self.fusion_layer[1:]:
             x = layer(x)
         return x
@@ -278,8 +278,8 @@ class FusedDecoder(nn.Module):
                 self.add_module(f"RFM{level}", ModalityFusion(len(names), width))
         self.seg_layer = nn.Conv3d(widths[0], classes, 1)
 
-    def forward(self, gated: Sequence[Tensor], fusion: Tensor, mask: Mask) -> Fused:
-        """gated: per level (B, P, c, d, h, w), finest first; fusion: the fusion tokens' volume at the deepest level."""
+    def forward(self, gated: Sequence[Sequence[Tensor]], fusion: Tensor, mask: Mask) -> Fused:
+        """gated: per level P times (B, c, d, h, w), finest first; fusion: the fusion tokens' volume at the deepest."""
         x = fusion
         deep: list[Tensor] = []
         for level in range(LEVELS, 0, -1):
@@ -294,17 +294,15 @@ class FusedDecoder(nn.Module):
         return Fused(logits=logits(self.seg_layer, x), feature=x, deep=deep)
 
 
-def stacked(level: Sequence[Tensor | None], mask: Mask) -> Tensor:
-    """The features of the P modalities in `mask`, (B, P, c, d, h, w). Raises ValueError for one not encoded."""
+def chosen(level: Sequence[Tensor | None], mask: Mask) -> list[Tensor]:
+    """The features of the P modalities in `mask`, each (B, c, d, h, w). Raises ValueError for one not encoded."""
     present: list[Tensor] = []
     for k, feature in enumerate(level):
         if mask[k]:
             if feature is None:
                 raise ValueError(f"modality {k} is in the mask of the fused path but was not encoded")
             present.append(feature)
-    if slabs.suit(*present):  # torch would stack them channel by channel
-        return torch.stack([f.movedim(1, -1) for f in present], dim=1).movedim(-1, 2)
-    return torch.stack(present, dim=1)
+    return present
 
 
 class M2FTrans(nn.Module):
@@ -335,10 +333,13 @@ class M2FTrans(nn.Module):
 
     def fuse(self, features: Features, mask: Mask) -> Fused:
         """See `Backbone.fuse`. Raises ValueError if the mask has a modality that was not encoded."""
-        present = [stacked(level, mask) for level in features]
-        volumes, gate = self._exchange(present[-1], mask)
-        present[-1] = volumes[:, :-1]
-        gated = [f * F.interpolate(gate, size=f.shape[3:])[:, :, None] for f in present]
+        present = [chosen(level, mask) for level in features]
+        volumes, gate = self._exchange(torch.stack(present[-1], dim=1), mask)
+        present[-1] = list(volumes[:, :-1].unbind(1))
+        gated = [
+            [f * g for f, g in zip(level, F.interpolate(gate, size=level[0].shape[2:]).split(1, dim=1), strict=True)]
+            for level in present
+        ]
         fused: Fused = self.decoder_fusion(gated, volumes[:, -1], mask)
         return fused
 

@@ -12,8 +12,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from models import slabs
 from models.backbone import Features, Fused, Mask
-from models.blocks import initialise, logits, present_columns, separate_each, upsample
+from models.blocks import conv_norm_act, initialise, logits, present_columns, separate_each, upsample
 from models.convolution import convolve, pointwise
 from models.layout import channel
 from models.normalisation import norm_act
@@ -37,20 +38,32 @@ class Conv(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(cin, cout, kernel, stride)
 
-    def forward(self, *parts: Tensor, prepare: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        *parts: Tensor,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+        plus: Tensor | None = None,
+        normalised: bool = False,
+    ) -> Tensor:
         """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride).
 
-        `prepare` as in `convolve`; only a 3x3x3 convolution takes it.
+        `plus` is added; `normalised` asks for norm and activation then. `prepare` as in `convolve`; only a 3x3x3
+        convolution takes it, and `plus`.
         """
-        weight, bias = self.conv.weight, self.conv.bias
+        weight, bias, stride = self.conv.weight, self.conv.bias, self.conv.stride[0]
         assert bias is not None
-        if weight.shape[-1] == 1:
-            return pointwise(parts, weight, bias)
-        return convolve(parts, weight, bias, self.conv.stride[0], prepare=prepare)
+        if normalised and plus is None:
+            return conv_norm_act(parts, weight, bias, stride, prepare=prepare)
+        if normalised and plus is not None and slabs.suit(plus, *parts):
+            return slabs.norm_act(slabs.plus(slabs.convolve(parts, weight, bias, stride, True), plus), plus.shape)
+        kernel = weight.shape[-1]
+        x = pointwise(parts, weight, bias) if kernel == 1 else convolve(parts, weight, bias, stride, prepare=prepare)
+        x = x if plus is None else plus + x
+        return norm_act(x) if normalised else x
 
 
 class ZeroPaddedConv(nn.Module):
-    """3x3x3 convolution with zero padding."""
+    """3x3x3 convolution with zero padding, norm, activation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,11 +72,11 @@ class ZeroPaddedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, D, H, W) -> the same shape."""
         assert self.conv.bias is not None
-        return convolve([x], self.conv.weight, self.conv.bias, border="zero")
+        return conv_norm_act([x], self.conv.weight, self.conv.bias, border="zero")
 
 
 class PresentPointwise(nn.Module):
-    """1x1x1 convolution over K concatenated features of which only the present ones are given.
+    """1x1x1 convolution over K concatenated features of which only the present ones are given, norm, activation.
 
     A missing modality's feature is zero and stays zero through norm and activation, so its columns add nothing.
     """
@@ -77,7 +90,7 @@ class PresentPointwise(nn.Module):
         """Features (B, c, D, H, W) by modality index -> (B, c, D, H, W)."""
         assert self.conv.bias is not None
         weight = present_columns(self.conv.weight, self.modalities, list(present))
-        return pointwise(list(present.values()), weight, self.conv.bias)
+        return conv_norm_act(list(present.values()), weight, self.conv.bias)
 
 
 class Encoder(nn.Module):
@@ -104,11 +117,10 @@ class Encoder(nn.Module):
         for level in range(1, LEVELS + 1):
             if level > 1:
                 x = self.get_submodule(f"e{level}_c1")(x)
-            y = self.get_submodule(f"e{level}_c2")(norm_act(x))
-            deepest = x + self.get_submodule(f"e{level}_c3")(norm_act(y))
-            x = norm_act(deepest)
+            y = self.get_submodule(f"e{level}_c2")(norm_act(x), normalised=True)
+            x = self.get_submodule(f"e{level}_c3")(y, plus=x, normalised=level < LEVELS)
             features.append(x)
-        return [*features[:-1], deepest]
+        return features
 
 
 def upsampled(x: Tensor) -> Tensor:
@@ -125,12 +137,14 @@ class Fusion(nn.Module):
             [PresentPointwise(modalities, width), ZeroPaddedConv(width), Conv(width, width, kernel=1)]
         )
 
-    def forward(self, present: Mapping[int, Tensor]) -> Tensor:
-        """Normalised and activated features (B, c, d, h, w) by modality index -> (B, c, d, h, w)."""
-        x: Tensor = self.fusion_layer[0](present)
-        for conv in self.fusion_layer[1:]:
-            x = conv(norm_act(x))
-        return x
+    def forward(self, present: Mapping[int, Tensor], normalised: bool = False) -> Tensor:
+        """Normalised and activated features (B, c, d, h, w) by modality index -> (B, c, d, h, w).
+
+        `normalised` as in `Conv`.
+        """
+        first, second, third = self.fusion_layer
+        fused: Tensor = third(second(first(present)), normalised=normalised)
+        return fused
 
 
 def _add_decoder_convolutions(decoder: nn.Module, widths: Sequence[int], classes: int) -> None:
@@ -162,10 +176,10 @@ class FusedDecoder(nn.Module):
         deep: list[Tensor] = []
         for level in range(LEVELS - 1, 0, -1):
             deep.insert(0, logits(self.get_submodule(f"seg_d{level}"), x))
-            u = self.get_submodule(f"d{level}_c1")(x, prepare=upsampled)
-            fused = self.get_submodule(f"RFM{level}")(chosen(features[level - 1], mask))
-            x = self.get_submodule(f"d{level}_c2")(norm_act(fused), norm_act(u))
-            x = self.get_submodule(f"d{level}_out")(norm_act(x))
+            u = self.get_submodule(f"d{level}_c1")(x, prepare=upsampled, normalised=True)
+            fused = self.get_submodule(f"RFM{level}")(chosen(features[level - 1], mask), normalised=True)
+            x = self.get_submodule(f"d{level}_c2")(fused, u, normalised=True)
+            x = self.get_submodule(f"d{level}_out")(x)
         return Fused(logits=logits(self.get_submodule("seg_layer"), x), feature=x, deep=deep)
 
 
@@ -180,9 +194,9 @@ class SeparateDecoder(nn.Module):
         """What `Encoder` gives -> logits (B, C, D, H, W)."""
         x = features[-1]
         for level in range(LEVELS - 1, 0, -1):
-            u = self.get_submodule(f"d{level}_c1")(x, prepare=upsampled)
-            x = self.get_submodule(f"d{level}_c2")(norm_act(u), features[level - 1])
-            x = self.get_submodule(f"d{level}_out")(norm_act(x))
+            u = self.get_submodule(f"d{level}_c1")(x, prepare=upsampled, normalised=True)
+            x = self.get_submodule(f"d{level}_c2")(u, features[level - 1], normalised=True)
+            x = self.get_submodule(f"d{level}_out")(x)
         return logits(self.get_submodule("seg_layer"), x)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=list(BACKBONES), default="rfnet")
     parser.add_argument("--present", nargs="+", help="modalities; default: all of the task")
     parser.add_argument("--box", type=int, default=120, help="voxels along each axis")
-    parser.add_argument("--runs", type=int, default=2, help="the first warms up; the best of the others counts")
+    parser.add_argument("--runs", type=int, default=4, help="the first warms up; the best of the others counts")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     task = Task.load("glioma")

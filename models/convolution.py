@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models import slabs
 from models.layout import is_channels_last, like, rows, volume
+from models.precision import as_wanted, exact
 
 BEYOND = (1,) * 6
 Border = Literal["reflect", "zero"]
@@ -33,10 +34,14 @@ def convolve(
     Gives (B, cout, D/stride, H/stride, W/stride). With `prepare`, a function without weights, it convolves what that
     makes of each part; the backward pass keeps the part and prepares it again, which pays for upsampling.
     """
+    weight, bias, *parts = as_wanted(weight, bias, *parts)
+    if prepare and torch.compiler.is_compiling():  # graphs decide themselves what they make again
+        parts, prepare = [prepare(part) for part in parts], None
     if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in parts)):
         y: Tensor = _Convolve.apply(weight, bias, stride, border, prepare, *parts)
         return y
-    parts = [prepare(p) for p in parts] if prepare else parts
+    with exact(weight.device):
+        parts = [prepare(p) for p in parts] if prepare else parts
     if slabs.suit(*parts):
         made = slabs.convolve(parts, weight, bias, stride, border == "reflect")
         return slabs.joined(made, convolved_shape(parts[0], weight, stride))
@@ -81,8 +86,9 @@ class _Convolve(torch.autograd.Function):
     ) -> Tensor:
         ctx.stride, ctx.border, ctx.prepare = stride, border, prepare
         ctx.save_for_backward(weight, *parts)
-        prepared = [prepare(part) for part in parts] if prepare else parts
-        return _convolve(_padded(prepared, border), weight, bias, stride)
+        with exact(weight.device):
+            prepared = [prepare(part) for part in parts] if prepare else parts
+            return _convolve(_padded(prepared, border), weight, bias, stride)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -91,9 +97,9 @@ class _Convolve(torch.autograd.Function):
         prepared = parts
         if ctx.prepare:
             parts = [part.detach().requires_grad_(needs_parts) for part in parts]
-            with torch.set_grad_enabled(needs_parts):
+            with exact(weight.device), torch.set_grad_enabled(needs_parts):
                 prepared = [ctx.prepare(part) for part in parts]
-        with torch.no_grad():
+        with exact(weight.device), torch.no_grad():
             padded = _padded(prepared, ctx.border)
             gradient = like(gradient, padded)
             of_padded, of_weight, of_bias = _convolve_backward(gradient, padded, weight, ctx.stride, needs_parts)

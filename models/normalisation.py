@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import slabs
 from models.layout import is_channels_last, like, rows, volume
+from models.precision import exact, single
 
 SLOPE = 0.2
 EPS = 1e-5
@@ -27,43 +28,48 @@ def norm_act(x: Tensor) -> Tensor:
         return slabs.norm_act(slabs.of_volume(x), x.shape)
     if not is_channels_last(x):  # in operations that graph formats have
         return F.leaky_relu(F.instance_norm(x, eps=EPS), SLOPE, inplace=True)
-    return _normalise(x)[0]
+    with exact(x.device):
+        return _normalise(x)[0]
 
 
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, inverse_deviation = _normalise(x)
+        with exact(x.device):
+            y, inverse_deviation = _normalise(x)
         ctx.save_for_backward(y, inverse_deviation)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         y, inverse_deviation = ctx.saved_tensors
-        matrix = _Matrix(y)
-        flat_y = matrix.of(y)
+        matrix, gradient = _Matrix(y), single(gradient)
+        flat_y = single(matrix.of(y))
         g: Tensor = torch.ops.aten.leaky_relu_backward(matrix.of(gradient), flat_y, SLOPE, True)
         # LeakyReLU can be undone, so its input, the normalised map, need not be kept.
         normalised = F.leaky_relu(flat_y, 1 / SLOPE)
         mean = matrix.mean(g)
         g.addcmul_(normalised, matrix.spread(-matrix.mean(g * normalised)))
         g.sub_(matrix.spread(mean)).mul_(matrix.spread(inverse_deviation))
-        return matrix.back(g)
+        return matrix.back(g).to(y.dtype)
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """`norm_act`, and the inverse standard deviation (B, c)."""
     if not is_channels_last(x) or x[0, 0].numel() <= SMALL:
         flat = x.contiguous().view(1, -1, *x.shape[2:])  # InstanceNorm is BatchNorm of one sample with all channels
+        if not x.is_cuda:  # there sums are in single precision anyway
+            flat = single(flat)
         normalised, _, deviations = torch.native_batch_norm(flat, None, None, None, None, True, 0.0, EPS)
-        return like(F.leaky_relu(normalised, SLOPE, inplace=True).view(x.shape), x), deviations.view(x.shape[:2])
+        y = F.leaky_relu(normalised, SLOPE, inplace=True).view(x.shape).to(x.dtype)
+        return like(y, x), deviations.view(x.shape[:2])
     # Over channels last torch adds up one value after the other in single precision: 1e-4 off where this is 1e-6.
     matrix = _Matrix(x)
-    flat = matrix.of(x)
+    flat = single(matrix.of(x))
     y = flat - matrix.spread(matrix.mean(flat))
     inverse_deviation = (matrix.mean(y.square()) + EPS).rsqrt()
     y.mul_(matrix.spread(inverse_deviation))
-    return matrix.back(F.leaky_relu(y, SLOPE, inplace=True)), inverse_deviation
+    return matrix.back(F.leaky_relu(y, SLOPE, inplace=True).to(x.dtype)), inverse_deviation
 
 
 class _Matrix:

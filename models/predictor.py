@@ -21,6 +21,7 @@ from models.checkpoint import Checkpoint
 from models.heap import kept_heap
 from models.intake import Intake, normalised, take_in
 from models.layout import in_fast_layout
+from models.precision import PrecisionError, arithmetic, check_precision
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, save_image
 from models.windows import Windows
@@ -30,7 +31,6 @@ OVERLAP = 0.5
 FAST_OVERLAP = 0.25
 """A third of the windows; what it costs stands in docs/performance.md."""
 MOST_OVERLAP = 0.9
-PRECISIONS = ("float32", "bfloat16")
 MOST_AT_A_TIME = 16
 """Windows per forward pass of a GPU: more fill it no better."""
 MOST_LANES = 4
@@ -105,7 +105,10 @@ class Predictor:
         self.overlap = overlap
         self.window = self.task.patch_size if window is None else _fitting(window, checkpoint)
         self.precision = precision
-        check_precision(precision, self.device)
+        try:
+            check_precision(precision, self.device)
+        except PrecisionError as error:
+            raise OptionError(str(error)) from None
         self._batch = batch
         self._network: Any = checkpoint.network.to(self.device).eval()
 
@@ -165,10 +168,7 @@ class Predictor:
 
     def _of_windows(self, windows: Tensor, mask: Mask) -> Tensor:
         """Class probabilities (B, C, D, H, W) of windows (B, K, D, H, W)."""
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"),
-        ):
+        with torch.inference_mode(), arithmetic(self.precision, self.device):
             logits: Tensor = self._network.fuse(self._network.encode(windows, mask), mask).logits
         return logits.float().softmax(1)
 
@@ -184,21 +184,6 @@ class Predictor:
         of_one = torch.cuda.max_memory_allocated(self.device) - before
         free, _ = torch.cuda.mem_get_info(self.device)
         return max(1, min(MOST_AT_A_TIME, free // 2 // max(of_one, 1)))
-
-
-def check_precision(precision: str, device: str | torch.device) -> None:
-    """Raises `OptionError` for a precision that is unknown, or that the device has no arithmetic of."""
-    device = torch.device(device)
-    if precision not in PRECISIONS:
-        raise OptionError(f"precision {precision!r} is unknown: use {' or '.join(PRECISIONS)}")
-    if precision == "bfloat16" and not _has_bfloat16(device):
-        raise OptionError(f"the device {str(device)!r} has no bfloat16 arithmetic: use precision float32")
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _fitting(window: Sequence[int], checkpoint: Checkpoint) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.layout import like, rows, volume
+from models.precision import as_wanted, exact
 
 
 def region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -17,6 +18,7 @@ def region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, mat
     features: f_k, P times (B, c, D, H, W); regions: p (B, R, D, H, W), without gradient; weights: w (B, R, P); matrix
     (cout, R * c, 1, 1, 1) and bias (cout,). Gives (B, cout, D, H, W).
     """
+    regions, weights, matrix, bias, *features = as_wanted(regions, weights, matrix, bias, *features)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weights, matrix, *features)):
         y: Tensor = _RegionSum.apply(regions, weights, matrix, bias, *features)
         return y
@@ -27,25 +29,31 @@ class _RegionSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor, *features: Tensor) -> Tensor:
         ctx.save_for_backward(regions, weights, matrix, *features)
-        return _region_sum(features, regions, weights, matrix, bias)
+        with exact(matrix.device):
+            return _region_sum(features, regions, weights, matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        regions, weights, matrix, *features = ctx.saved_tensors
-        f = [rows(feature) for feature in features]
-        p, g = rows(regions), rows(gradient)
-        of_features = [torch.zeros_like(t) for t in f]
-        of_weights, of_matrix = torch.empty_like(weights), []
-        for r, block in enumerate(matrix.flatten(1).chunk(p.shape[2], dim=1)):
-            masked = p[..., r : r + 1] * g
-            of_sum = torch.matmul(masked, block)
-            summed = _weighted(f, weights[:, r])
-            of_matrix.append(torch.matmul(masked.transpose(1, 2), summed).sum(0))
-            for k, feature in enumerate(f):
-                of_weights[:, r, k] = torch.linalg.vecdot(of_sum.flatten(1), feature.flatten(1))
-                of_features[k].addcmul_(of_sum, weights[:, r, k, None, None])
-        found = [like(volume(t, gradient.shape[2:]), feature) for t, feature in zip(of_features, features, strict=True)]
-        return None, of_weights, torch.cat(of_matrix, dim=1).view_as(matrix), g.sum((0, 1)), *found
+        with exact(gradient.device):
+            return _gradients(gradient, *ctx.saved_tensors)
+
+
+def _gradients(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tensor, *features: Tensor) -> Any:
+    """Of the arguments of `_RegionSum`."""
+    f = [rows(feature) for feature in features]
+    p, g = rows(regions), rows(gradient)
+    of_features = [torch.zeros_like(t) for t in f]
+    of_weights, of_matrix = torch.empty_like(weights), []
+    for r, block in enumerate(matrix.flatten(1).chunk(p.shape[2], dim=1)):
+        masked = p[..., r : r + 1] * g
+        of_sum = torch.matmul(masked, block)
+        summed = _weighted(f, weights[:, r])
+        of_matrix.append(torch.matmul(masked.transpose(1, 2), summed).sum(0))
+        for k, feature in enumerate(f):
+            of_weights[:, r, k] = torch.linalg.vecdot(of_sum.flatten(1), feature.flatten(1))
+            of_features[k].addcmul_(of_sum, weights[:, r, k, None, None])
+    found = [like(volume(t, gradient.shape[2:]), feature) for t, feature in zip(of_features, features, strict=True)]
+    return None, of_weights, torch.cat(of_matrix, dim=1).view_as(matrix), g.sum((0, 1)), *found
 
 
 def _region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:

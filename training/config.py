@@ -19,6 +19,9 @@ Regime = Literal["idt", "idt_drop", "pdt"]
 `pdt`: every subject is complete, and every step draws the subset that the fused path is given."""
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 class TrainConfig(BaseModel):
     """What `passion train` needs. Defaults are the published ones; paths are relative to the working directory."""
 
@@ -54,6 +57,12 @@ class TrainConfig(BaseModel):
     seed: int = 1037
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    precision: Precision = "float32"
+    """`bfloat16`: convolutions and matrix products in it, on a GPU that can; weights, sums of norms and losses stay
+    float32."""
+    compile: bool = False
+    """Let torch.compile build the encoders and the separate decoder, which are the same for every subset of
+    modalities. Needs a C++ compiler; the first steps take minutes."""
     workers: int = Field(default=0, ge=0)
     """Loader processes; 0 loads in the training process, which a GPU waits for. Results do not depend on it."""
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models.layout import in_fast_layout
+from models.precision import InPrecision
 from training.loader import Batch
 from training.methods import Method
 from training.methods.base import settle
@@ -30,9 +31,18 @@ class Outcome(NamedTuple):
 class Loss(nn.Module):
     """The loss of a batch by the run's method, on the device of the network."""
 
-    def __init__(self, network: Any, method: Method, modal_weight: Tensor, classes: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        network: Any,
+        method: Method,
+        modal_weight: Tensor,
+        classes: int,
+        ranks: Ranks,
+        precision: str = "float32",
+    ) -> None:
         super().__init__()
         self.network = network
+        self._computing = InPrecision(network, precision)
         self.method = method
         self.modal_weight = modal_weight
         self.classes = classes
@@ -76,7 +86,7 @@ class Loss(nn.Module):
         x, labels = self._moved(batch)
         parameters = list(self.network.parameters())
         losses, gradients = staged(
-            self.network,
+            self._computing,
             parameters,
             x,
             labels,
@@ -96,7 +106,7 @@ class Loss(nn.Module):
         if not batch.masks:
             return Terms.empty(len(self.modal_weight), self.modal_weight.device)
         return terms(
-            self.network,
+            self._computing,
             *self._moved(batch),
             batch.masks,
             self.classes,

@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from models.backbones import build
 from models.card import Card, software_versions
 from models.checkpoint import Checkpoint, CheckpointError, recover, save_checkpoint
+from models.precision import PrecisionError, check_precision
 from models.task import Task, first_problem
 from training.cases import PreparedCase, PreparedDataset
+from training.compiled import compile_shared
 from training.config import TrainConfig
 from training.device import choose_device, device_name
 from training.errors import UserError
@@ -63,6 +65,10 @@ class Trainer:
         self.device = choose_device(config.device, ranks)
         if self.device.type == "cuda" and ranks.grouped:
             torch.cuda.set_device(self.device)  # NCCL's
+        try:
+            check_precision(config.precision, self.device)
+        except PrecisionError as error:
+            raise UserError(str(error)) from None
         self.folder = config.out / "checkpoint"
         if ranks.main:
             recover(self.folder)
@@ -81,14 +87,20 @@ class Trainer:
         except ValueError as error:
             raise UserError(str(error)) from None
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True
+            self.network.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            amsgrad=True,
+            fused=self.device.type == "cuda",
         )
         method = build_method(config.method, self.task.names, len(self.task.labels))
         self.state = RunState(0, 0, method, self._no_sums(), 0.0)
         ranks.diverge(config.seed)
         if resume:
             self._resume()
-        self._loss = Loss(self.network, method, self.modal_weight, len(self.task.labels), ranks)
+        if config.compile:
+            compile_shared(self.network)
+        self._loss = Loss(self.network, method, self.modal_weight, len(self.task.labels), ranks, config.precision)
         self._ranks_loss = ranks.wrap(self._loss)
         self._stop = False
 

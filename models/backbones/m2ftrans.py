@@ -22,6 +22,7 @@ from models.blocks import (
     upsample,
 )
 from models.convolution import pointwise
+from models.precision import exact, single
 from models.recompute import recomputed
 from models.task import Task
 from models.transformer import MLP, Linear, PreNorm, Residual, attention_weights
@@ -132,6 +133,17 @@ def pointwise_norm(x: Tensor, conv: nn.Conv3d, norm: nn.LayerNorm) -> Tensor:
     return channel_norm(pointwise([x], conv.weight, conv.bias), norm)
 
 
+def by_group(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """A convolution with groups, in single precision whatever the others are in.
+
+    It would gain little in bfloat16, and on a CPU oneDNN's gradients of its weights are at times memory that nobody
+    wrote.
+    """
+    with exact(x.device):
+        y: Tensor = conv(single(x))
+    return y
+
+
 class Projection(nn.Module):
     """Depthwise-separable convolution, zero-padded."""
 
@@ -147,7 +159,7 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, d, h, w) -> the same."""
         x = F.gelu(pointwise_norm(x, self.conv1, self.norm1))
-        x = F.gelu(channel_norm(self.conv2(x), self.norm2))
+        x = F.gelu(channel_norm(by_group(self.conv2, x), self.norm2))
         return pointwise_norm(x, self.conv3, self.norm3)
 
 
@@ -166,7 +178,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, d, h, w) -> the same."""
         y = F.gelu(pointwise_norm(x, self.pwconv1, self.norm1))
-        y = F.gelu(channel_norm(self.dwconv(y), self.norm2))
+        y = F.gelu(channel_norm(by_group(self.dwconv, y), self.norm2))
         return F.gelu(x + pointwise_norm(y, self.pwconv2, self.norm3))
 
 

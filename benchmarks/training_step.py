@@ -16,10 +16,13 @@ from collections.abc import Callable
 
 import straightforward
 import torch
+from floors import Traffic
 from torch import Tensor
 
 from models.backbones import BACKBONES
+from models.precision import PRECISIONS, check_precision
 from models.task import Task
+from training.compiled import compile_shared
 from training.device import choose_device, device_name
 from training.footprint import Patch, peak_memory
 from training.loader import Batch
@@ -41,6 +44,11 @@ def main() -> None:
     parser.add_argument("--present", nargs="+", help="modalities; default: all of the task")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=1, help="samples of a step, all with the same modalities")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the encoders and the separate decoder")
+    parser.add_argument("--channels-last", action="store_true", help="memory voxel by voxel on a GPU, as on a CPU")
+    parser.add_argument("--count", action="store_true", help="count a step's operations and the bytes they move, too")
     arguments = parser.parse_args()
 
     task = Task.load(arguments.task)
@@ -52,7 +60,8 @@ def main() -> None:
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     network, total, after_backward = IMPLEMENTATIONS[arguments.implementation](arguments, task, mask, device)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True)
+    fused = arguments.implementation == "ours" and device.type == "cuda"
+    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True, fused=fused)
 
     def now() -> float:
         if device.type == "cuda":
@@ -94,7 +103,15 @@ def main() -> None:
         "best_warm_s": warm["forward_s"] + warm["backward_s"],
         "peak_gib_after_one": figures[0]["peak_gib"],
         "peak_gib": figures[-1]["peak_gib"],
+        "batch": arguments.batch,
+        "precision": arguments.precision,
+        "compile": arguments.compile,
+        "channels_last": arguments.channels_last or device.type == "cpu",
     }
+    if arguments.count:
+        with Traffic() as traffic:
+            step()
+        summary |= {"flops": traffic.flops, "bytes": traffic.bytes}
     print(json.dumps(summary))
 
 
@@ -103,10 +120,15 @@ Work = tuple[torch.nn.Module, Callable[[], Tensor], Callable[[], None]]
 
 
 def ours(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], device: torch.device) -> Work:
+    check_precision(arguments.precision, device)
     patch = Patch(arguments.backbone, task, arguments.width, str(device))
     method = build_method(arguments.method, task.names, patch.classes)
-    loss = Loss(patch.network, method, patch.ones, patch.classes, ALONE)
-    batch = Batch(patch.x, patch.labels, [mask], [mask])
+    if arguments.compile:
+        compile_shared(patch.network)
+    loss = Loss(patch.network, method, patch.ones, patch.classes, ALONE, arguments.precision)
+    layout = torch.channels_last_3d if arguments.channels_last else torch.preserve_format
+    x = patch.x.repeat(arguments.batch, 1, 1, 1, 1).contiguous(memory_format=layout)
+    batch = Batch(x, patch.labels.repeat(arguments.batch, 1, 1, 1), [mask] * arguments.batch, [mask] * arguments.batch)
     return patch.network, lambda: loss(batch).total, lambda: method.after_backward(patch.network)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[N
 
 def exact(device: torch.device) -> AbstractContextManager[None]:
     """Within it, operations compute in the precision of what they are given."""
+    if torch.compiler.is_compiling():  # it would take autocast for off from here on; what is given is as wanted
+        return nullcontext()
     return torch.autocast(device.type if device.type == "cuda" else "cpu", enabled=False)
 
 

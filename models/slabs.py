@@ -36,10 +36,10 @@ LANES = 16
 def suit(*inputs: Tensor) -> bool:
     """Whether a layer of these can be made here: without gradients, on a CPU, in single precision, not small; volumes
     (B, c, D, H, W) channels last."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
-        return False
     # Graph formats have no such operations.
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         return False
     return all(_suits(x) for x in inputs)
 

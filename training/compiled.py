@@ -11,7 +11,8 @@ from training.errors import UserError
 
 def compile_shared(network: Any, backend: str = "inductor") -> None:
     """Compile the encoders and the separate decoder, in place: one graph for all encoders, which differ in weights
-    alone, and one for the decoder. What the fused decoder computes depends on the subset, so it stays as it is.
+    alone, and two for the decoder, with gradients and without. What the fused decoder computes depends on the subset,
+    so it stays as it is.
 
     Raises `UserError` where there is no C++ compiler.
     """

@@ -50,9 +50,11 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=80)
     parser.add_argument("--box", type=int, default=120, help="voxels along each axis of the box that is segmented")
     parser.add_argument("--steps", type=int, default=10, help="training steps; the first is not counted")
-    parser.add_argument("--subjects", type=int, default=16, help="phantoms of the epoch, and 2 of the masks")
+    parser.add_argument("--subjects", type=int, default=16, help="phantoms of the epoch")
+    parser.add_argument("--masks", type=int, default=10, help="phantoms that are segmented in both precisions")
     parser.add_argument("--shape", type=int, nargs=3, default=[240, 240, 155], help="voxels of a phantom, of 1 mm")
     parser.add_argument("--workers", type=int, default=4, help="loader processes of the epoch")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench.json"))
     arguments = parser.parse_args()
@@ -69,8 +71,8 @@ def main() -> None:
     rates = ", ".join(f"{rate / 1e12:.1f} TFLOP/s in {name}" for name, rate in record["rates"].items())
     print(f"{record['device']}: {record['bandwidth'] / 1e9:.0f} GB/s, {rates}\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="passion-gpu-") as folder:
-        for name, part in PARTS.items():
-            rows = part(arguments, device, Path(folder), record)
+        for name in arguments.parts:
+            rows = PARTS[name](arguments, device, Path(folder), record)
             record[name] = rows
             print(_table(rows) + "\n", flush=True)
             atomic.write_text(arguments.out, json.dumps(record, indent=1) + "\n")
@@ -138,13 +140,13 @@ def windows(arguments: argparse.Namespace, _device: torch.device, _folder: Path,
 
 
 def masks(arguments: argparse.Namespace, device: torch.device, folder: Path, record: dict) -> list[dict]:
-    """The demo model's masks of two phantoms in bfloat16 against those in float32."""
+    """The demo model's masks of phantoms, all modalities, in bfloat16 against those in float32; the last row is all."""
     if "bfloat16" not in record["rates"]:
         return []
     checkpoint = Checkpoint.load(DEMO, device)
     shape = (arguments.shape[0], arguments.shape[1], arguments.shape[2])
     rows = []
-    for index in (1, 2):
+    for index in range(1, arguments.masks + 1):
         case = write_subject(folder / "unseen", make_subject(4052, index, shape=shape))
         scans = {m: case / f"{case.name}_{m}.nii.gz" for m in PRESENT[4]}
         exact, reduced = (Predictor(checkpoint, device, precision=p).segment(scans).classes for p in PRECISIONS)
@@ -152,7 +154,14 @@ def masks(arguments: argparse.Namespace, device: torch.device, folder: Path, rec
         differ = int(np.count_nonzero(exact != reduced))
         share = 100 * differ / max(tumour, 1)
         rows.append({"mask of phantom": index, "tumour voxels": tumour, "differ": differ, "differ, %": share})
-    return rows
+    tumour, differ = (sum(row[key] for row in rows) for key in ("tumour voxels", "differ"))
+    whole = {
+        "mask of phantom": "all",
+        "tumour voxels": tumour,
+        "differ": differ,
+        "differ, %": 100 * differ / max(tumour, 1),
+    }
+    return [*rows, whole]
 
 
 def epoch(arguments: argparse.Namespace, device: torch.device, folder: Path, record: dict) -> list[dict]:

@@ -21,7 +21,7 @@ from models.checkpoint import Checkpoint
 from models.heap import kept_heap
 from models.intake import Intake, normalised, take_in
 from models.layout import in_fast_layout
-from models.precision import PrecisionError, arithmetic, check_precision
+from models.precision import PrecisionError, arithmetic, check_precision, single
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, save_image
 from models.windows import Windows
@@ -95,7 +95,7 @@ class Predictor:
         batch: int | None = None,
     ) -> None:
         """`overlap`: share of a window that the next one covers again, along each axis. `window`: voxels along each
-        axis, by default those of the patches that the model was trained on. `precision`: of the network's arithmetic.
+        axis, by default those of the patches that the model was trained on. `precision`: of the encoders' arithmetic.
         `batch`: windows at a time, by default as many as pay on the device. Raises `OptionError`.
         """
         self.task = checkpoint.card.task
@@ -167,10 +167,17 @@ class Predictor:
         return result
 
     def _of_windows(self, windows: Tensor, mask: Mask) -> Tensor:
-        """Class probabilities (B, C, D, H, W) of windows (B, K, D, H, W)."""
-        with torch.inference_mode(), arithmetic(self.precision, self.device):
-            logits: Tensor = self._network.fuse(self._network.encode(windows, mask), mask).logits
-        return logits.float().softmax(1)
+        """Class probabilities (B, C, D, H, W) of windows (B, K, D, H, W).
+
+        The decoder stays in single precision: in bfloat16 it would change twice as many voxels as the encoders do.
+        """
+        with torch.inference_mode():
+            with arithmetic(self.precision, self.device):
+                encoded = self._network.encode(windows, mask)
+            features = [[None if f is None else single(f) for f in level] for level in encoded]
+            del encoded
+            logits: Tensor = self._network.fuse(features, mask).logits
+            return logits.softmax(1)
 
     def _windows_at_a_time(self, x: Tensor, mask: Mask) -> int:
         """In a lane of a CPU one, whose maps stay in the cache; on a GPU as many as half of the free memory takes."""

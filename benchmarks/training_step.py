@@ -13,6 +13,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import straightforward
 import torch
@@ -20,6 +21,7 @@ from floors import Traffic
 from torch import Tensor
 
 from models.backbones import BACKBONES
+from models.heap import kept_heap
 from models.precision import PRECISIONS, check_precision
 from models.task import Task
 from training.compiled import compile_shared
@@ -63,27 +65,15 @@ def main() -> None:
     fused = arguments.implementation == "ours" and device.type == "cuda"
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True, fused=fused)
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def step() -> tuple[float, float]:
-        begun = now()
-        loss = total()
-        forward = now()
-        optimiser.zero_grad()
-        loss.backward()
-        after_backward()
-        optimiser.step()
-        return forward - begun, now() - forward
-
+    step = _step(total, after_backward, optimiser, device)
     figures = []
-    for number in range(arguments.steps):
-        forward, backward = step()
-        peak = peak_memory(device) / GIB
-        figures.append({"forward_s": forward, "backward_s": backward, "peak_gib": peak})
-        print(f"step {number}: {forward + backward:.2f} s, peak {peak:.2f} GiB", flush=True)
+    as_trained = arguments.implementation == "ours" and device.type == "cpu"
+    with kept_heap() if as_trained else nullcontext():  # as the trainer does
+        for number in range(arguments.steps):
+            forward, backward = step()
+            peak = peak_memory(device) / GIB
+            figures.append({"forward_s": forward, "backward_s": backward, "peak_gib": peak})
+            print(f"step {number}: {forward + backward:.2f} s, peak {peak:.2f} GiB", flush=True)
     warm = min(figures[1:] or figures, key=lambda f: f["forward_s"] + f["backward_s"])
     summary = {
         "implementation": arguments.implementation,
@@ -113,6 +103,32 @@ def main() -> None:
             step()
         summary |= {"flops": traffic.flops, "bytes": traffic.bytes}
     print(json.dumps(summary))
+
+
+def _step(
+    total: Callable[[], Tensor],
+    after_backward: Callable[[], None],
+    optimiser: torch.optim.Optimizer,
+    device: torch.device,
+) -> Callable[[], tuple[float, float]]:
+    """A training step, which gives the seconds up to the loss and after it."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def step() -> tuple[float, float]:
+        begun = now()
+        loss = total()
+        forward = now()
+        optimiser.zero_grad()
+        loss.backward()
+        after_backward()
+        optimiser.step()
+        return forward - begun, now() - forward
+
+    return step
 
 
 Work = tuple[torch.nn.Module, Callable[[], Tensor], Callable[[], None]]

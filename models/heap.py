@@ -1,8 +1,8 @@
-"""The C library's heap while a patient is segmented: what one map gave back is there for the next.
+"""The C library's heap while a network runs on the CPU: what one map gave back is there for the next.
 
-A window makes and drops hundreds of maps of some ten megabytes. By default glibc asks the system for each of them and
-gives it back, and the system clears every page at its first touch: a fifth of a window's time, and no map ever lies
-where the processor's cache has it already.
+A window or a training step makes and drops hundreds of maps of some ten megabytes. By default glibc asks the system for
+each of them and gives it back, and the system clears every page at its first touch: a tenth of the time and more, and
+no map ever lies where the processor's cache has it already.
 """
 
 from __future__ import annotations

@@ -34,12 +34,17 @@ LANES = 16
 
 
 def suit(*inputs: Tensor) -> bool:
-    """Whether a layer of these can be made here: without gradients, on a CPU, in single precision, not small; volumes
-    (B, c, D, H, W) channels last."""
+    """Whether a layer of these can be made here: without gradients, and `fit`."""
+    return fit(*inputs) and not torch.is_grad_enabled()
+
+
+def fit(*inputs: Tensor) -> bool:
+    """Whether oneDNN's operations can be called for these as they are: on a CPU, in single precision, not small;
+    volumes (B, c, D, H, W) channels last."""
     # Graph formats have no such operations.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         return False
     return all(_suits(x) for x in inputs)
 

@@ -7,11 +7,17 @@ global generator. Module names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import slabs
+
+LARGE = 2**20
+"""Weights of a linear layer, from which on its gradients are oneDNN's, too: mmFormer's. M2FTrans's gain little, and it
+magnifies how they are rounded."""
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -20,11 +26,32 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer that without gradients, on a CPU, is oneDNN's product of matrices: twice as fast as torch's."""
+    """A linear layer that on a CPU is oneDNN's product of matrices: twice as fast as torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., cin) -> (..., cout)."""
-        return slabs.linear(x, self.weight, self.bias) if slabs.suit(x) else super().forward(x)
+        if not slabs.fit(x):
+            return super().forward(x)
+        if not torch.is_grad_enabled():
+            return slabs.linear(x, self.weight, self.bias)
+        if self.weight.numel() < LARGE:
+            return super().forward(x)
+        y: Tensor = _Linear.apply(x, self.weight, self.bias)
+        return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return slabs.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        g, flat = gradient.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        of_bias = g.sum(0) if ctx.needs_input_grad[2] else None
+        return slabs.linear(gradient, weight.T, None), slabs.linear(g.T.contiguous(), flat.T, None), of_bias
 
 
 class SelfAttention(nn.Module):

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.backbones import build
 from models.card import Card, software_versions
 from models.checkpoint import Checkpoint, CheckpointError, recover, save_checkpoint
+from models.heap import kept_heap
 from models.precision import PrecisionError, check_precision
 from models.task import Task, first_problem
 from training.cases import PreparedCase, PreparedDataset
@@ -125,7 +126,7 @@ class Trainer:
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             log_file = RunLog(self.config.out, self.state.epoch) if self.ranks.main else nullcontext()
-            with self.loader, log_file as log:
+            with kept_heap() if self.device.type == "cpu" else nullcontext(), self.loader, log_file as log:
                 while self.state.epoch < self.config.epochs:
                     if not self._epoch(on_step):
                         return False

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import slabs
+from models import slabs, transformer
 from models.convolution import convolve, pointwise
 from models.layout import is_channels_last
 from models.normalisation import norm_act
@@ -87,6 +87,38 @@ def test_linear_layers():
     layer, x = Linear(24, 40), random(2, 5, 24)
     close(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double()))
     close(slabs.linear(x, layer.weight, None), F.linear(x.double(), layer.weight.double()))
+
+
+def gradients_equal(ours, exact, *inputs):
+    """Of a sum that weighs every output differently, by every input."""
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    g = torch.linspace(-1, 1, ours.numel()).view(ours.shape)
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, g), torch.autograd.grad(exact, inputs, g.double()), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("widths", "cout"), [([8], 8), ([2, 3], 4), ([16, 8, 1], 16)])
+def test_gradients_of_pointwise_convolutions(widths, cout):
+    parts = [random(2, c, 4, 6, 16, seed=k).requires_grad_() for k, c in enumerate(widths)]
+    weight, bias = (random(*shape, seed=7).requires_grad_() for shape in ((cout, sum(widths), 1, 1, 1), (cout,)))
+    exact = F.conv3d(torch.cat(parts, 1).double(), weight.double(), bias.double())
+    made = pointwise(parts, weight, bias)
+    assert type(made.grad_fn).__name__ == "_PointwiseBackward"
+    gradients_equal(made, exact, weight, bias, *parts)
+    of_weight = torch.autograd.grad(pointwise([p.detach() for p in parts], weight, bias).sum(), weight)[0]
+    torch.testing.assert_close(of_weight, torch.autograd.grad(exact.sum(), weight)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_large_linear_layers(bias, monkeypatch):
+    monkeypatch.setattr(transformer, "LARGE", 0)
+    layer, x = Linear(24, 40, bias=bias), random(2, 5, 24).requires_grad_()
+    made = layer(x)
+    assert type(made.grad_fn).__name__ == "_LinearBackward"
+    parameters = list(layer.parameters())
+    gradients_equal(made, F.linear(x.double(), *(p.double() for p in parameters)), x, *parameters)
 
 
 def test_with_gradients_nothing_is_made_here():

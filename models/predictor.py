@@ -29,7 +29,7 @@ from models.windows import Windows
 OVERLAP = 0.5
 """Share of a window that the next one covers again, along each axis, as published."""
 FAST_OVERLAP = 0.25
-"""A third of the windows; what it costs stands in docs/performance.md."""
+"""Half of the time; what it costs stands in docs/performance.md."""
 MOST_OVERLAP = 0.9
 MOST_AT_A_TIME = 16
 """Windows per forward pass of a GPU: more fill it no better."""

@@ -77,7 +77,7 @@ class Settings(BaseSettings):
         default=0.5, ge=0, le=0.9, description="Share of a window that the next one covers again; 0.25 is faster."
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Of the network's arithmetic; bfloat16 is faster on a GPU that has it."
+        default="float32", description="Of the encoders' arithmetic; bfloat16 is for a GPU that has it."
     )
     concurrency: int = Field(
         default=1, ge=1, description="Child processes of one worker, one per GPU: child i of `cuda` takes GPU i."

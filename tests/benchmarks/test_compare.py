@@ -45,3 +45,17 @@ def test_a_sample_is_timed_for_every_number_of_subjects(tmp_path):
     assert all(len(r["seconds_a_sample"]) == 2 and min(r["seconds_a_sample"]) > 0 for r in record["rows"])
     assert record["processes"] == 1
     assert "| subjects |" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_on_a_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    small = ["--backbone", "unet", "--crop", "16", "--subjects", "2", "--shape", "40", "40", "32", "--workers", "1"]
+    command = [sys.executable, COMPARE.with_name("gpu.py"), *small, "--parts", "epoch", "--device", "cpu", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["bandwidth"] > 0
+    assert [row["precision"] for row in record["epoch"]] == list(record["rates"])
+    assert all(0 < row["in steps, %"] <= 100 for row in record["epoch"])
+    assert "| epoch |" in done.stdout

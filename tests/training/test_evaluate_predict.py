@@ -67,10 +67,11 @@ def test_evaluate_scores_every_subset_as_predict_would(checkpoint, small_phantom
         assert score["dice"]["WT"] == pytest.approx(want, abs=1e-4)
 
 
-def test_evaluate_one_subset_without_touching_the_card(checkpoint, small_phantoms, tmp_path):
+@pytest.mark.parametrize("options", [("--no-card",), ("--overlap", 0.25), ("--window", 24)])
+def test_evaluate_one_subset_without_touching_the_card(checkpoint, small_phantoms, tmp_path, options):
     before = (checkpoint / "card.json").read_bytes()
-    arguments = ("--modalities", "t2w+flair", "--no-card", "--empty", "brats", "--out", tmp_path / "o")
-    result = run("evaluate", checkpoint, small_phantoms, *arguments)
+    arguments = ("--modalities", "t2w+flair", "--empty", "brats", "--out", tmp_path / "o")
+    result = run("evaluate", checkpoint, small_phantoms, *arguments, *options)
     assert result.exit_code == 0, result.output
     assert (checkpoint / "card.json").read_bytes() == before
     assert {r["modalities"] for r in csv.DictReader((tmp_path / "o" / "scores.csv").open())} == {"flair+t2"}

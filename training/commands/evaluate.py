@@ -13,6 +13,7 @@ from rich.table import Table
 
 from models.card import Scores
 from models.task import Task
+from training.commands.windows import Window, window_size
 from training.errors import UserError
 
 
@@ -30,9 +31,12 @@ def evaluate(
         Path | None, typer.Option(help="Folder for scores.csv and dice.png; default: <checkpoint>-evaluation.")
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="The data's name in the card; default: the folder's.")] = None,
-    card: Annotated[bool, typer.Option(help="Write the scores into the checkpoint's card.json.")] = True,
+    card: Annotated[
+        bool, typer.Option(help="Write the scores into the checkpoint's card.json; never those of other windows.")
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    overlap: Annotated[float, typer.Option(help="As for predict; scores on a card are those of 0.5.")] = 0.5,
+    overlap: Annotated[float, typer.Option(help="Share of a window that the next one covers again.")] = 0.5,
+    window: Window = None,
 ) -> None:
     """Dice and HD95 of every region for every subset of modalities: table, CSV, picture, and the model's card.
 
@@ -40,7 +44,7 @@ def evaluate(
     predictions taken for none.
     """
     from models.checkpoint import Checkpoint, CheckpointError, save_card
-    from models.predictor import OptionError, Predictor
+    from models.predictor import OVERLAP, OptionError, Predictor
     from training import evaluation
     from training.device import choose_device
     from training.metrics import CONVENTIONS
@@ -53,7 +57,7 @@ def evaluate(
         raise UserError(f"--empty {empty}: use one of {', '.join(CONVENTIONS)}")
     try:
         loaded = Checkpoint.load(checkpoint)
-        predictor = Predictor(loaded, choose_device(device), overlap=overlap)
+        predictor = Predictor(loaded, choose_device(device), overlap=overlap, window=window_size(window))
     except (CheckpointError, OptionError) as error:
         raise UserError(str(error)) from error
     task = loaded.card.task
@@ -78,7 +82,7 @@ def evaluate(
     scores = result.scores(dataset or cases.resolve().name)
     result.write_csv(folder / "scores.csv")
     dice_per_subset(scores, task, folder / "dice.png")
-    if card:
+    if card and overlap == OVERLAP and window is None:
         save_card(checkpoint, loaded.card.model_copy(update={"scores": scores}))
     console.print(table(scores, task))
     console.print(f"{folder}/scores.csv, {folder}/dice.png", soft_wrap=True, highlight=False)

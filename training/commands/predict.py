@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from training.commands.windows import Window, window_size
 from training.errors import UserError
 
 GIVEN = "passion.given"
@@ -52,16 +53,12 @@ def predict(
         float | None,
         typer.Option(help="Share of a window that the next one covers again.  [default: 0.5]", show_default=False),
     ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            help="Voxels of a window: 96, or 96x96x64.  [default: the patch the model was trained on]",
-            show_default=False,
-        ),
-    ] = None,
-    precision: Annotated[str, typer.Option(help="float32, or bfloat16: faster on a GPU that has it.")] = "float32",
+    window: Window = None,
+    precision: Annotated[
+        str, typer.Option(help="Of the encoders: float32, or bfloat16 for a GPU that has it.")
+    ] = "float32",
     fast: Annotated[
-        bool, typer.Option("--fast", help="A third of the windows (--overlap 0.25), a little less accurate.")
+        bool, typer.Option("--fast", help="Fewer windows (--overlap 0.25) in half of the time, less accurate.")
     ] = False,
 ) -> None:
     """Segment one patient from whatever scans there are; the mask lies on the grid of the first one given.
@@ -84,7 +81,7 @@ def predict(
     if fast and overlap is not None:
         raise UserError(f"--fast is --overlap {FAST_OVERLAP:g}: give one of the two")
     share = FAST_OVERLAP if fast else OVERLAP if overlap is None else overlap
-    size = None if window is None else _window(window)
+    size = window_size(window)
     console = Console(stderr=True)
     try:
         predictor = Predictor(
@@ -104,10 +101,3 @@ def predict(
     print(f"{output}: {volumes} (research software, not a medical device)")
     if result.empty:
         console.print("[bold yellow]the mask is empty:[/] the model found nothing in these scans")
-
-
-def _window(given: str) -> tuple[int, ...]:
-    sizes = given.split("x")
-    if len(sizes) not in {1, 3} or not all(size.isdecimal() and size.isascii() for size in sizes):
-        raise UserError(f"--window {given}: write voxels along each axis, such as 96 or 96x96x64")
-    return tuple(int(size) for size in (sizes * 3 if len(sizes) == 1 else sizes))

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=80)
     parser.add_argument("--box", type=int, default=120, help="voxels along each axis of the box that is segmented")
     parser.add_argument("--steps", type=int, default=4, help="training steps; the first is not counted")
+    parser.add_argument("--runs", type=int, default=4, help="of a box; the first is not counted")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     arguments = parser.parse_args()
@@ -44,10 +45,10 @@ def main() -> None:
         for number in arguments.present:
             common = ["--backbone", backbone, "--present", *PRESENT[number], "--device", arguments.device]
             step = ["training_step.py", *common, "--crop", str(arguments.crop), "--steps", str(arguments.steps)]
-            box = ["inference.py", *common, "--box", str(arguments.box)]
+            box = ["inference.py", *common, "--box", str(arguments.box), "--runs", str(arguments.runs)]
             wanted = {"step": (STEP, step), "box": (BOX, box)}
             for what, command in (wanted[name] for name in arguments.what):
-                ours, theirs = (_measure([*command, "--implementation", i]) for i in ("ours", "straightforward"))
+                ours, theirs = (measure([*command, "--implementation", i]) for i in ("ours", "straightforward"))
                 rows.append({"what": what, "modalities": number, "ours": ours, "straightforward": theirs})
                 print(f"{what}, {backbone}, {number}: {_ratio(rows[-1], 'best_warm_s'):.1f}x", flush=True)
     print("\n" + table(rows))
@@ -82,7 +83,8 @@ def _ratio(row: dict, figure: str) -> float:
     return row["straightforward"][figure] / row["ours"][figure]
 
 
-def _measure(command: list[str]) -> dict:
+def measure(command: list[str]) -> dict:
+    """The figures that a script beside this one prints, with its options, in a process of its own."""
     script, *options = command
     done = subprocess.run([sys.executable, HERE / script, *options], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -21,20 +21,19 @@ from pathlib import Path
 import floors
 import numpy as np
 import torch
-from compare import PRESENT
+from compare import PRESENT, measure
+from loader import prepared
 
 from models.backbones import BACKBONES
 from models.checkpoint import Checkpoint
 from models.precision import PRECISIONS, PrecisionError, check_precision
 from models.predictor import Predictor
-from models.task import Task
 from training import atomic
 from training.config import TrainConfig
 from training.device import choose_device, device_name
 from training.experiments.machine import git_state, machine
 from training.experiments.tables import markdown
 from training.phantom import make_subject, write_subject
-from training.prepare import prepare_dataset
 from training.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -93,7 +92,7 @@ def steps(arguments: argparse.Namespace, device: torch.device, _folder: Path, re
                 command += ["--crop", str(arguments.crop), "--steps", str(arguments.steps), *way]
                 # What is compiled moves fewer bytes, but not before a counter's eyes.
                 count = [] if "--compile" in way else ["--count"]
-                found = _measure("training_step.py", [*command, *count, "--device", arguments.device])
+                found = measure(["training_step.py", *command, *count, "--device", arguments.device])
                 rows.append(_step_row(found, record))
     return rows
 
@@ -125,7 +124,7 @@ def windows(arguments: argparse.Namespace, _device: torch.device, _folder: Path,
         for precision in record["rates"]:
             for number in (4, 1):
                 command = ["--backbone", backbone, "--present", *PRESENT[number], "--box", str(arguments.box)]
-                found = _measure("inference.py", [*command, "--precision", precision, "--device", arguments.device])
+                found = measure(["inference.py", *command, "--precision", precision, "--device", arguments.device])
                 rows.append(
                     {
                         "segmented box": backbone,
@@ -166,11 +165,7 @@ def masks(arguments: argparse.Namespace, device: torch.device, folder: Path, rec
 
 def epoch(arguments: argparse.Namespace, device: torch.device, folder: Path, record: dict) -> list[dict]:
     """An epoch from prepared cases on disk: how much of it the steps take. The first epoch is not counted."""
-    shape = (arguments.shape[0], arguments.shape[1], arguments.shape[2])
-    for index in range(1, arguments.subjects + 1):
-        write_subject(folder / "phantoms", make_subject(7, index, shape=shape))
-    task = Task.model_validate(Task.load("glioma").model_dump() | {"patch_size": [arguments.crop] * 3})
-    prepare_dataset(folder / "phantoms", folder / "prepared", task)
+    prepared(folder, arguments.subjects, tuple(arguments.shape), arguments.crop)
     split = [sys.executable, "-m", "training", "split", str(folder / "prepared"), "--out", str(folder / "split")]
     subprocess.run([*split, "--preset", "mr2468", "--val", "0", "--test", "0"], check=True, capture_output=True)
     rows = []
@@ -212,14 +207,6 @@ def _precisions(device: torch.device) -> list[str]:
             print(f"left out: {error}")
         else:
             found.append(precision)
-    return found
-
-
-def _measure(script: str, options: list[str]) -> dict:
-    done = subprocess.run([sys.executable, HERE / script, *options], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{script} {' '.join(options)} failed:\n{done.stderr or done.stdout}")
-    found: dict = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

@@ -20,10 +20,9 @@ import nibabel as nib
 import numpy as np
 import straightforward
 import torch
+from untrained import untrained
 
-from models.backbones import BACKBONES, build
-from models.card import Card, software_versions
-from models.checkpoint import Checkpoint
+from models.backbones import BACKBONES
 from models.intake import Box, Intake, WorkingGrid
 from models.precision import PRECISIONS
 from models.predictor import OVERLAP, Predictor
@@ -82,11 +81,7 @@ def main() -> None:
 def ours(
     backbone: str, task: Task, arrays: dict[str, np.ndarray], device: torch.device, precision: str
 ) -> Callable[[], object]:
-    card = Card(
-        name="benchmark", task=task, backbone=backbone, width=8, regime="idt", method="passion", missing_rates={},
-        training={}, software=software_versions(),
-    )  # fmt: skip
-    predictor = Predictor(Checkpoint(card, build(backbone, task, 8)), device, precision=precision)
+    predictor = Predictor(untrained(backbone, task), device, precision=precision)
     shape = next(iter(arrays.values())).shape
     grid = Grid.of(nib.Nifti1Image(next(iter(arrays.values())), np.diag([-1.0, -1.0, 1.0, 1.0])))
     working = WorkingGrid.of(grid, task)

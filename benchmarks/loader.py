@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
-from compare import PRESENT
+from compare import PRESENT, measure
 from page_cache import drop
 
 from models.task import Task
@@ -51,7 +50,7 @@ def main() -> None:
 
     rows: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="passion-loader-") as folder:
-        data = _prepared(Path(folder), arguments.subjects, tuple(arguments.shape), arguments.crop)
+        data = prepared(Path(folder), arguments.subjects, tuple(arguments.shape), arguments.crop)
         for number in arguments.present:
             step = _step(arguments, PRESENT[number])
             for foreground in (0.0, 0.5):
@@ -92,7 +91,8 @@ def _state(drawn: dict) -> str:
     return "cold" if drawn["cold"] else "warm"
 
 
-def _prepared(folder: Path, subjects: int, shape: tuple[int, ...], crop: int) -> PreparedDataset:
+def prepared(folder: Path, subjects: int, shape: tuple[int, ...], crop: int) -> PreparedDataset:
+    """Phantoms of `shape` voxels, prepared in `folder`/prepared for crops of `crop` voxels along each axis."""
     for index in range(1, subjects + 1):
         write_subject(folder / "phantoms", make_subject(7, index, shape=(shape[0], shape[1], shape[2])))
     task = Task.model_validate(Task.load("glioma").model_dump() | {"patch_size": [crop] * 3})
@@ -149,12 +149,8 @@ def _used() -> tuple[float, int]:
 
 
 def _step(arguments: argparse.Namespace, present: list[str]) -> dict:
-    command = [sys.executable, str(Path(__file__).with_name("training_step.py")), "--backbone", arguments.backbone]
-    command += ["--crop", str(arguments.crop), "--steps", str(arguments.steps), "--device", arguments.device]
-    done = subprocess.run([*command, "--present", *present], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"training_step.py failed:\n{done.stderr or done.stdout}")
-    return json.loads(done.stdout.splitlines()[-1])
+    command = ["training_step.py", "--backbone", arguments.backbone, "--crop", str(arguments.crop)]
+    return measure([*command, "--steps", str(arguments.steps), "--device", arguments.device, "--present", *present])
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from untrained import untrained
 
-from models.backbones import BACKBONES, build
-from models.card import Card, software_versions
+from models.backbones import BACKBONES
 from models.checkpoint import save_checkpoint
 from models.task import Task
 from training.experiments.tables import markdown
@@ -40,13 +39,16 @@ def main() -> None:
         folder = Path(name)
         _measured([str(PASSION), "phantom", str(folder / "phantoms"), "--subjects", "1", "--seed", "4052"])
         case = next(path for path in (folder / "phantoms").iterdir() if path.is_dir())
-        checkpoints = {backbone: _untrained(folder / backbone, backbone) for backbone in arguments.backbone}
+        checkpoints = {backbone: folder / backbone for backbone in arguments.backbone}
+        for backbone, place in checkpoints.items():
+            checkpoint = untrained(backbone, Task.load("glioma"))
+            save_checkpoint(place, checkpoint.card, checkpoint.network)
         print(markdown(["cold start", "s"], list(_cold(checkpoints, arguments.runs)), left=1) + "\n")
         lines = []
-        for backbone, checkpoint in checkpoints.items():
+        for backbone, place in checkpoints.items():
             for number in arguments.present:
                 scans = [part for m in PRESENT[number] for part in (f"--{m}", str(case / f"{case.name}_{m}.nii.gz"))]
-                command = [str(PASSION), "predict", str(checkpoint), *scans, "-o", str(folder / "mask.nii.gz")]
+                command = [str(PASSION), "predict", str(place), *scans, "-o", str(folder / "mask.nii.gz")]
                 command += ["--device", arguments.device]
                 figures = []
                 for option in ([], ["--fast"]):
@@ -74,17 +76,6 @@ def _cold(checkpoints: dict[str, Path], runs: int) -> list[list[str]]:
         ]
         rows.append([what, f"{min(map(float, outputs)):.2f}"])
     return rows
-
-
-def _untrained(folder: Path, backbone: str) -> Path:
-    task = Task.load("glioma")
-    torch.manual_seed(0)
-    card = Card(
-        name=folder.name, task=task, backbone=backbone, width=8, regime="idt", method="passion", missing_rates={},
-        training={}, software=software_versions(),
-    )  # fmt: skip
-    save_checkpoint(folder, card, build(backbone, task, 8))
-    return folder
 
 
 def _measured(command: list[str]) -> tuple[float, int]:

@@ -42,15 +42,11 @@ class ConvNormAct(nn.Module):
     ) -> Tensor:
         """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride).
 
-        `plus` is added at the end. `prepare` as in `convolve`; only a 3x3x3 convolution takes it, and `plus`.
+        `plus` is added at the end. `prepare` as in `convolve`; only a 3x3x3 convolution takes it.
         """
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
-        if plus is not None and slabs.suit(plus, *parts):
-            made = slabs.convolve(parts, weight, bias, self.conv.stride[0], reflect=True)
-            return slabs.norm_act(made, plus.shape, then_plus=plus)
-        x = conv_norm_act(parts, weight, bias, self.conv.stride[0], prepare=prepare)
-        return x if plus is None else plus + x
+        return conv_norm_act(parts, weight, bias, self.conv.stride[0], prepare=prepare, then_plus=plus)
 
 
 def conv_norm_act(
@@ -60,19 +56,27 @@ def conv_norm_act(
     stride: int = 1,
     border: Border = "reflect",
     prepare: Callable[[Tensor], Tensor] | None = None,
+    plus: Tensor | None = None,
+    then_plus: Tensor | None = None,
 ) -> Tensor:
-    """`norm_act` of a convolution, 3x3x3 as `convolve` or 1x1x1 as `pointwise`."""
+    """`norm_act` of a convolution, 3x3x3 as `convolve` or 1x1x1 as `pointwise`.
+
+    Gives (B, cout, D/stride, H/stride, W/stride). `plus` is added before the norm, `then_plus` after the activation;
+    both have that shape.
+    """
     if prepare and not torch.is_grad_enabled():  # nothing is kept that could be prepared again
         parts, prepare = [prepare(part) for part in parts], None
-    if slabs.suit(*parts):
+    if slabs.suit(*parts, *(x for x in (plus, then_plus) if x is not None)):
         if weight.shape[-1] == 1:
             made = slabs.pointwise(parts, weight, bias)
         else:
             made = slabs.convolve(parts, weight, bias, stride, border == "reflect")
-        return slabs.norm_act(made, convolved_shape(parts[0], weight, stride))
-    if weight.shape[-1] == 1:
-        return norm_act(pointwise(parts, weight, bias))
-    return norm_act(convolve(parts, weight, bias, stride, border, prepare))
+        made = made if plus is None else slabs.plus(made, plus)
+        return slabs.norm_act(made, convolved_shape(parts[0], weight, stride), then_plus)
+    kernel = weight.shape[-1]
+    x = pointwise(parts, weight, bias) if kernel == 1 else convolve(parts, weight, bias, stride, border, prepare)
+    x = norm_act(x if plus is None else plus + x)
+    return x if then_plus is None else then_plus + x
 
 
 class MaskedPointwise(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import slabs
+from models import onednn, slabs
 from models.layout import is_channels_last, like, rows, volume
 from models.precision import as_wanted, exact
 
@@ -61,7 +61,7 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     first = parts[0]
     if slabs.suit(*parts):
         return slabs.joined(slabs.pointwise(parts, weight, bias), convolved_shape(first, weight, 1))
-    if slabs.fit(*parts):
+    if onednn.fit(*parts):
         y: Tensor = _Pointwise.apply(weight, bias, *parts)
         return y
     columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
@@ -95,7 +95,7 @@ class _Pointwise(torch.autograd.Function):
             of_columns.append(g.T @ rows(part).flatten(0, 1))
             of_part = None
             if ctx.needs_input_grad[2 + i]:
-                by_voxel = slabs.linear(g, column.T, None)
+                by_voxel = onednn.linear(g, column.T, None)
                 of_part = volume(by_voxel.unflatten(0, (len(part), -1)), part.shape[2:])
             of_parts.append(of_part)
         return torch.cat(of_columns, dim=1).view_as(weight), g.sum(0), *of_parts

@@ -30,15 +30,12 @@ def in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lanes: i
     pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(max(threads // lanes, 1),))
     under_way: deque[Future[Result]] = deque()
     try:
-        with pool:
-            try:
-                for item in items:
-                    under_way.append(pool.submit(function, item))
-                    if len(under_way) > lanes:
-                        yield under_way.popleft().result()
-                while under_way:
-                    yield under_way.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) > lanes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
     finally:
+        pool.shutdown(cancel_futures=True)  # waits for the calls under way
         torch.set_num_threads(threads)  # new threads take theirs from whoever set it last

@@ -19,47 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layout import is_channels_last, volume
+from models import onednn
+from models.layout import volume
 
 SLOPE = 0.2
 EPS = 1e-5
 SLAB_BYTES = 2**21
 """Of a slab's padded input: with what is made of it, about what a core's caches hold."""
-LEAST = 4096
-"""Voxels: a volume that has no more is in the cache anyway, and would take more calls here."""
-LEAST_NUMBERS = 2**15
-"""The same for the input of a linear layer."""
 LANES = 16
 """Numbers in single precision that a vector register holds (AVX-512)."""
 
 
 def suit(*inputs: Tensor) -> bool:
-    """Whether a layer of these can be made here: without gradients, and `fit`."""
-    return fit(*inputs) and not torch.is_grad_enabled()
-
-
-def fit(*inputs: Tensor) -> bool:
-    """Whether oneDNN's operations can be called for these as they are: on a CPU, in single precision, not small;
-    volumes (B, c, D, H, W) channels last."""
-    # Graph formats have no such operations.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
-        return False
-    return all(_suits(x) for x in inputs)
-
-
-def _suits(x: Tensor) -> bool:
-    large = x[0, 0].numel() > LEAST and is_channels_last(x) if x.ndim == 5 else x.numel() > LEAST_NUMBERS
-    return large and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., cin) times weight (cout, cin), plus bias: a 1x1 convolution, which oneDNN makes at the full vector width
-    whatever processor it is; torch's product of matrices does not on AMD's."""
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y: Tensor = torch.ops.aten.mkldnn_convolution(image, weight[:, :, None, None], bias, [0, 0], [1, 1], [1, 1], 1)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+    """Whether a layer of these can be made here: without gradients, and where oneDNN's operations `fit`."""
+    return not torch.is_grad_enabled() and onednn.fit(*inputs)
 
 
 def joined(slabs: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
@@ -162,10 +135,8 @@ class _Moments:
 
 def of_volume(x: Tensor) -> Iterator[Tensor]:
     """The slabs of x (B, c, D, H, W): views."""
-    matrix, voxels = _matrix(x), prod(x.shape[2:])
-    most = max(SLAB_BYTES // (4 * x.shape[1]) // 64 * 64, 64)
-    for sample in range(len(x)):
-        yield from matrix[sample * voxels : (sample + 1) * voxels].split(most)
+    for (slab,) in _chunks([x], x.shape[1]):
+        yield slab
 
 
 def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int, reflect: bool) -> Iterator[Tensor]:
@@ -193,7 +164,7 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Iterator
     """As `models.convolution.pointwise`."""
     cout, cin = weight.shape[:2]
     for chunk in _chunks(parts, max(cin, cout)):
-        yield linear(chunk[0] if len(chunk) == 1 else torch.cat(chunk, dim=1), weight.flatten(1), bias)
+        yield onednn.linear(chunk[0] if len(chunk) == 1 else torch.cat(chunk, dim=1), weight.flatten(1), bias)
 
 
 def region_sum(
@@ -211,10 +182,10 @@ def region_sum(
     p, voxels, done = regions.flatten(2), prod(regions.shape[2:]), 0
     for chunk in _chunks(features, sum(f.shape[1] for f in features) + 2 * count * cout):
         sample, at = divmod(done, voxels)
-        maps = linear(torch.cat(chunk, dim=1), of_sample[sample].T, None)
+        maps = onednn.linear(torch.cat(chunk, dim=1), of_sample[sample].T, None)
         maps *= torch.mm(p[sample, :, at : at + len(maps)].T, spread)
         done += len(maps)
-        yield linear(maps, together.T, bias)
+        yield onednn.linear(maps, together.T, bias)
 
 
 def _chunks(volumes: Sequence[Tensor], channels: int) -> Iterator[list[Tensor]]:

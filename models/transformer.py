@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import slabs
+from models import onednn
 
 LARGE = 2**20
 """Weights of a linear layer, from which on its gradients are oneDNN's, too: mmFormer's. M2FTrans's gain little, and it
@@ -30,10 +30,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., cin) -> (..., cout)."""
-        if not slabs.fit(x):
+        if not onednn.fit(x):
             return super().forward(x)
         if not torch.is_grad_enabled():
-            return slabs.linear(x, self.weight, self.bias)
+            return onednn.linear(x, self.weight, self.bias)
         if self.weight.numel() < LARGE:
             return super().forward(x)
         y: Tensor = _Linear.apply(x, self.weight, self.bias)
@@ -44,14 +44,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return slabs.linear(x, weight, bias)
+        return onednn.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         g, flat = gradient.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
         of_bias = g.sum(0) if ctx.needs_input_grad[2] else None
-        return slabs.linear(gradient, weight.T, None), slabs.linear(g.T.contiguous(), flat.T, None), of_bias
+        return onednn.linear(gradient, weight.T, None), onednn.linear(g.T.contiguous(), flat.T, None), of_bias
 
 
 class SelfAttention(nn.Module):

@@ -136,6 +136,12 @@ class Trainer:
                     self.save()
                     on_epoch(record)
             return True
+        except BaseException:
+            if self.ranks.grouped:
+                # The process is about to end and to say why; torchrun's SIGTERM, once it misses a rank, must not be
+                # quicker.
+                before = {}
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -23,7 +23,7 @@ class NoSuchModelError(LookupError):
 class Checkpoints:
     """Loads a model at its first job and keeps it. Torch is imported here, in the child, and nowhere before."""
 
-    def __init__(self, shelf: ModelShelf, device: str, overlap: float = 0.5, precision: str = "float32") -> None:
+    def __init__(self, shelf: ModelShelf, device: str, overlap: float, precision: str) -> None:
         self._shelf = shelf
         self._device = device
         self._overlap = overlap

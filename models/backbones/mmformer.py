@@ -12,7 +12,6 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from models import slabs
 from models.backbone import Features, Fused, Mask
 from models.blocks import conv_norm_act, initialise, logits, present_columns, separate_each, upsample
 from models.convolution import convolve, pointwise
@@ -48,18 +47,15 @@ class Conv(nn.Module):
         """(B, cin, D, H, W), whole or in parts along the channels -> (B, cout, D/stride, H/stride, W/stride).
 
         `plus` is added; `normalised` asks for norm and activation then. `prepare` as in `convolve`; only a 3x3x3
-        convolution takes it, and `plus`.
+        convolution takes it.
         """
         weight, bias, stride = self.conv.weight, self.conv.bias, self.conv.stride[0]
         assert bias is not None
-        if normalised and plus is None:
-            return conv_norm_act(parts, weight, bias, stride, prepare=prepare)
-        if normalised and plus is not None and slabs.suit(plus, *parts):
-            return slabs.norm_act(slabs.plus(slabs.convolve(parts, weight, bias, stride, True), plus), plus.shape)
+        if normalised:
+            return conv_norm_act(parts, weight, bias, stride, prepare=prepare, plus=plus)
         kernel = weight.shape[-1]
         x = pointwise(parts, weight, bias) if kernel == 1 else convolve(parts, weight, bias, stride, prepare=prepare)
-        x = x if plus is None else plus + x
-        return norm_act(x) if normalised else x
+        return x if plus is None else plus + x
 
 
 class ZeroPaddedConv(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import slabs, transformer
+from models import onednn, slabs, transformer
 from models.convolution import convolve, pointwise
 from models.layout import is_channels_last
 from models.normalisation import norm_act
@@ -15,8 +15,8 @@ from models.transformer import Linear
 def small_slabs(monkeypatch):
     """Several slabs of volumes that a test has time for."""
     monkeypatch.setattr(slabs, "SLAB_BYTES", 2**15)
-    monkeypatch.setattr(slabs, "LEAST", 0)
-    monkeypatch.setattr(slabs, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(onednn, "LEAST", 0)
+    monkeypatch.setattr(onednn, "LEAST_NUMBERS", 0)
 
 
 def random(*shape, seed=0):
@@ -86,7 +86,7 @@ def test_the_sum_over_regions():
 def test_linear_layers():
     layer, x = Linear(24, 40), random(2, 5, 24)
     close(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double()))
-    close(slabs.linear(x, layer.weight, None), F.linear(x.double(), layer.weight.double()))
+    close(onednn.linear(x, layer.weight, None), F.linear(x.double(), layer.weight.double()))
 
 
 def gradients_equal(ours, exact, *inputs):

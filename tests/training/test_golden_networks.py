@@ -118,9 +118,9 @@ def test_both_layouts_compute_the_same(backbone):
     network = network.double().eval()
     found = {}
     for layout, memory_format in LAYOUTS.items():
-        x = case.x.double().contiguous(memory_format=memory_format)
+        x = case.x[1:].double().contiguous(memory_format=memory_format)
         network.zero_grad()
-        got = terms(network, x, case.labels, case.masks, classes=4)
+        got = terms(network, x, case.labels[1:], case.masks[1:], classes=4)
         got.passion(torch.ones(4), torch.ones(4)).backward()
         parts = [got.fuse, got.prm, got.sep, got.kl, got.proto, got.dist]
         gradients = [p.grad.clone() for p in network.parameters() if p.grad is not None]

@@ -58,7 +58,7 @@ def test_bfloat16_is_close_to_float32_and_losses_stay_float32(backbone, layout):
 @pytest.mark.parametrize("backbone", ["unet", "mmformer"])
 def test_compiled_encoders_are_the_same_graphs_for_all_subsets_and_compute_the_same(backbone):
     patch = patch_of(backbone)
-    subsets = [(True, False, True, True), (True,) * 4, (False, True, False, False)]
+    subsets = [(True, False, True, False), (False, True, False, True)]
     wanted = [step(patch, patch.network, mask) for mask in subsets]
     compile_shared(patch.network, backend="aot_eager")
     torch._dynamo.reset()

@@ -11,8 +11,6 @@ from training.methods.base import settle
 from training.passion.objective import Coefficients, terms
 from training.passion.staged import staged, with_gradients
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MASKS = [(True, False, True, True), (False, True, False, False), (True, True, False, False)]
 """Of a batch: three modalities, one that is its own teacher, two."""
 ALL = [(True,) * 4] * 3

@@ -34,7 +34,9 @@ def desk(settings, tiny):
     blobs = BlobStore(settings.store)
     blobs.open()
     shelf = ModelShelf(settings.models)
-    yield Desk(settings, JobStore(client, settings), blobs, Checkpoints(shelf, "cpu"))
+    yield Desk(
+        settings, JobStore(client, settings), blobs, Checkpoints(shelf, "cpu", settings.overlap, settings.precision)
+    )
     client.close()
 
 

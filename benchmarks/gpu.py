@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--box", type=int, default=120, help="voxels along each axis of the box that is segmented")
     parser.add_argument("--steps", type=int, default=10, help="training steps; the first is not counted")
     parser.add_argument("--subjects", type=int, default=16, help="phantoms of the epoch")
+    parser.add_argument("--epochs", type=int, default=4, help="the first is not counted")
     parser.add_argument("--masks", type=int, default=10, help="phantoms that are segmented in both precisions")
     parser.add_argument("--shape", type=int, nargs=3, default=[240, 240, 155], help="voxels of a phantom, of 1 mm")
     parser.add_argument("--workers", type=int, default=4, help="loader processes of the epoch")
@@ -171,7 +172,7 @@ def epoch(arguments: argparse.Namespace, device: torch.device, folder: Path, rec
     rows = []
     for precision in record["rates"]:
         config = TrainConfig(
-            data=folder / "prepared", split=folder / "split", out=folder / precision, epochs=4,
+            data=folder / "prepared", split=folder / "split", out=folder / precision, epochs=arguments.epochs,
             backbone=arguments.backbone[0], precision=precision, workers=arguments.workers, device=arguments.device,
         )  # fmt: skip
         ends, inside = [], []

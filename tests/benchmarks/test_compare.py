@@ -50,7 +50,22 @@ def test_a_sample_is_timed_for_every_number_of_subjects(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs_on_a_cpu(tmp_path):
     out = tmp_path / "gpu.json"
-    small = ["--backbone", "unet", "--crop", "16", "--subjects", "2", "--shape", "40", "40", "32", "--workers", "1"]
+    small = [
+        "--backbone",
+        "unet",
+        "--crop",
+        "16",
+        "--subjects",
+        "2",
+        "--shape",
+        "40",
+        "40",
+        "32",
+        "--workers",
+        "1",
+        "--epochs",
+        "2",
+    ]
     command = [sys.executable, COMPARE.with_name("gpu.py"), *small, "--parts", "epoch", "--device", "cpu", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 
 from app.jobs.connection import connect
-from app.jobs.presence import CONSUMING
+from app.jobs.presence import Presence
 from app.jobs.settings import Settings
 
-workers = connect(Settings()).zrangebyscore(CONSUMING, time.time(), "+inf")
-if not any(name.endswith(f"@{socket.gethostname()}") for name in workers):
+workers = Presence(connect(Settings())).workers()
+if not any(worker.name.endswith(f"@{socket.gethostname()}") for worker in workers):
     sys.exit(f"no worker of {socket.gethostname()} consumes the queue")

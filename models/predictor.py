@@ -110,7 +110,20 @@ class Predictor:
         except PrecisionError as error:
             raise OptionError(str(error)) from None
         self._batch = batch
+        self._checkpoint = checkpoint
         self._network: Any = checkpoint.network.to(self.device).eval()
+
+    def leaner(self) -> Predictor:
+        """The same network on the same device in less memory: one window at a time, half as large along each axis where
+        the backbone can and trained patches have more than its least. Masks of smaller windows differ a little."""
+        entry = BACKBONES[self._checkpoint.card.backbone]
+        window = self.window
+        if not entry.fixed:
+            least = 2 * entry.divisor
+            window = tuple(min(n, max(least, n // 2 // entry.divisor * entry.divisor)) for n in window)  # type: ignore[assignment]
+        return Predictor(
+            self._checkpoint, self.device, overlap=self.overlap, window=window, precision=self.precision, batch=1
+        )
 
     def segment(self, files: Mapping[str, Path | Volume], on_progress: Progress | None = None) -> Segmentation:
         """Segment a patient from any non-empty subset of modalities.

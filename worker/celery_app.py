@@ -10,16 +10,14 @@ from typing import Any
 
 import structlog
 from celery import bootsteps, signals
-from celery.exceptions import TimeLimitExceeded
 from redis import RedisError
 
 from app.jobs.connection import connect
 from app.jobs.logs import configure, where
-from app.jobs.presence import INTERVAL, Presence
-from app.jobs.queue import QUEUE, TASK, celery_app
-from app.jobs.record import Failure
+from app.jobs.presence import INTERVAL, Consumer, Presence
+from app.jobs.queue import QUEUE, celery_app
+from app.jobs.reaper import Reaper
 from app.jobs.settings import Settings
-from app.jobs.store import JobStore
 from worker.checkpoints import pick_device
 
 settings = Settings()
@@ -35,26 +33,33 @@ def setup_logging(**_: Any) -> None:
 
 
 class Consuming(bootsteps.StartStopStep):
-    """Vouches for this worker in `Presence` for as long as its event loop turns with the queue's consumer in it."""
+    """Vouches for this worker in `Presence` for as long as its event loop turns with the queue's consumer in it, and
+    looks after the jobs of workers that were lost."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def __init__(self, consumer: Any, **_: Any) -> None:
-        self._presence = Presence(connect(settings))
-        self._timer: Any = None
+        client = connect(settings)
+        self._presence = Presence(client)
+        self._reaper = Reaper(client, settings)
+        self._me = Consumer(consumer.hostname, settings.concurrency)
+        self._timers: list[Any] = []
 
     def start(self, consumer: Any) -> None:
         """Called when the consumer has (again) a connection to the broker."""
         self._renew(consumer)
-        self._timer = consumer.timer.call_repeatedly(INTERVAL, self._renew, (consumer,))
+        self._timers = [
+            consumer.timer.call_repeatedly(INTERVAL, self._renew, (consumer,)),
+            consumer.timer.call_repeatedly(self._reaper.interval, self._reap),
+        ]
 
     def stop(self, consumer: Any) -> None:
         """Called when it loses that, and at the end."""
-        if self._timer is not None:
-            consumer.timer.cancel(self._timer)
-            self._timer = None
+        for timer in self._timers:
+            consumer.timer.cancel(timer)
+        self._timers.clear()
         try:
-            self._presence.leave(consumer.hostname)
+            self._presence.leave(self._me)
         except RedisError:
             log.warning("redis does not answer: this worker's name will lapse by itself")
 
@@ -65,9 +70,15 @@ class Consuming(bootsteps.StartStopStep):
         if tasks is None or not tasks.consuming_from(QUEUE):
             return
         try:
-            self._presence.renew(consumer.hostname)
+            self._presence.renew(self._me)
         except RedisError:
             log.warning("redis does not answer: this worker cannot be seen")
+
+    def _reap(self) -> None:
+        try:
+            self._reaper.round()
+        except RedisError:
+            log.warning("redis does not answer: lost jobs are looked for later")
 
 
 app.steps["consumer"].add(Consuming)
@@ -84,20 +95,3 @@ def import_torch(**_: Any) -> None:
         log.error("jobs will fail", reason=str(error))
     except Exception as error:  # the first job meets it again, and fails with a reason
         log.error("the models package cannot be imported", where=where(error))
-
-
-@signals.task_failure.connect
-def out_of_time(sender: Any = None, task_id: str = "", exception: BaseException | None = None, **_: Any) -> None:
-    """Write down what a child could not: the parent killed it at the hard limit. All else the task writes itself."""
-    if getattr(sender, "name", None) == TASK and isinstance(exception, TimeLimitExceeded):
-        JobStore(connect(settings), settings).fail_whatever_runs(task_id, time_limit_reached(settings))
-        log.error("killed at the hard time limit", job_id=task_id)
-
-
-def time_limit_reached(settings: Settings) -> Failure:
-    """Why a job that took too long has failed."""
-    return Failure(
-        title="The time limit was reached",
-        detail=f"The job ran for more than {settings.soft_time_limit:g} s. Crop or resample the volumes, or ask the "
-        "operator for a faster worker or a higher PASSION_SOFT_TIME_LIMIT.",
-    )

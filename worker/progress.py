@@ -23,12 +23,24 @@ class Progress:
         self._clock = clock
         self._stage = ""
         self._due = 0.0
+        self._since = clock()
+        self.seconds: dict[str, float] = {}
+        """How long each stage that has ended took."""
 
     def __call__(self, stage: str, fraction: float) -> None:
         """`fraction` of `stage` is done. Raises `app.jobs.store.JobOverError` when the run should stop, and
         `redis.RedisError`."""
         if stage == self._stage and self._clock() < self._due:
             return
-        self._stage, self._due = stage, self._clock() + INTERVAL
+        if stage != self._stage:
+            self.stage(stage)
+        self._due = self._clock() + INTERVAL
         begin, end = SHARES.get(stage, (0.0, 0.0))
         self._store.progress(self._job, stage, begin + (end - begin) * min(max(fraction, 0.0), 1.0))
+
+    def stage(self, stage: str) -> None:
+        """A stage begins, and the one before it has ended."""
+        at = self._clock()
+        if self._stage:
+            self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + at - self._since, 4)
+        self._stage, self._since = stage, at

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import secrets
-import sys
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import structlog
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from redis import RedisError
 
 from app.jobs.blobs import BlobStore
-from app.jobs.cards import CardError, ModelShelf
+from app.jobs.cards import ModelShelf
 from app.jobs.connection import PATIENT, connect
 from app.jobs.logs import where
 from app.jobs.queue import TASK
 from app.jobs.record import Failure, Job, JobState
 from app.jobs.settings import Settings
 from app.jobs.store import JobOverError, JobStore, UnknownJobError
-from worker.celery_app import app, settings, time_limit_reached
-from worker.checkpoints import Checkpoints, NoSuchModelError
+from worker.celery_app import app, settings
+from worker.checkpoints import Checkpoints
 from worker.progress import Progress
+from worker.reasons import out_of_memory, reason, something_wrong, time_limit_reached
+from worker.signs import SignsOfLife
 
 log = structlog.get_logger("worker")
 
@@ -32,6 +33,8 @@ class Desk:
 
     settings: Settings
     jobs: JobStore
+    signs: JobStore
+    """For signs of life: what is late is worth nothing, so its connection has no patience."""
     blobs: BlobStore
     checkpoints: Checkpoints
 
@@ -42,35 +45,37 @@ def _desk() -> Desk:
     return Desk(
         settings=settings,
         jobs=JobStore(connect(settings, PATIENT), settings),
+        signs=JobStore(connect(settings), settings),
         blobs=BlobStore(settings.store),
         checkpoints=Checkpoints(shelf, settings.device, settings.overlap, settings.precision),
     )
 
 
-@app.task(name=TASK)
-def segment(job_id: str) -> None:
-    """Celery's entry. May be called more than once for a job: only a job that is not over is worked on."""
+@app.task(name=TASK, bind=True, Request="worker.request:SegmentRequest")
+def segment(self: Any, job_id: str) -> None:
+    """Celery's entry. May be called more than once for a job: only a job that nobody works on is worked on."""
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(job_id=job_id)
-    desk = _desk()
+    desk, worker = _desk(), str(self.request.hostname)
     try:
-        run(job_id, desk)
+        run(job_id, desk, worker)
     except Reject:
         raise
     except Exception as error:
         # Only if telling how a job ended has failed in itself. Nobody else would ever end this job.
-        desk.jobs.fail_whatever_runs(job_id, _ours(error))
+        desk.jobs.fail_run_of(job_id, worker, something_wrong(error))
 
 
-def run(job_id: str, desk: Desk) -> None:
+def run(job_id: str, desk: Desk, worker: str) -> None:
     """Work on a job and write how it ended. Raises only what should end the process."""
-    job = desk.jobs.begin(job_id)
+    job = desk.jobs.begin(job_id, worker)
     if job is None:
         log.info("nothing to do")
         return
     log.info("job started", attempt=job.attempts, model=job.model, modalities=len(job.inputs))
     try:
-        _segment(job, desk)
+        with SignsOfLife(desk.signs, job, desk.settings.lease):
+            _segment(job, desk)
     except JobOverError:
         _stop(job, desk)
     except SoftTimeLimitExceeded:
@@ -86,7 +91,7 @@ def run(job_id: str, desk: Desk) -> None:
     except Exception as error:
         # A cancelled job's files vanish under its feet, which looks like an error and is none.
         if desk.jobs.owns(job):
-            _fail(job, desk, _reason(error, desk))
+            _fail(job, desk, reason(error, desk.settings))
         else:
             _stop(job, desk)
 
@@ -94,48 +99,35 @@ def run(job_id: str, desk: Desk) -> None:
 def _segment(job: Job, desk: Desk) -> None:
     progress = Progress(desk.jobs, job)
     weights, predictor = desk.checkpoints.get(job.model)
-    segmentation = predictor.segment(desk.blobs.inputs(job), progress)
-    segmentation.save(desk.blobs.mask(job.id))
-    done = desk.jobs.succeed(job, segmentation.volumes_ml, weights)
-    assert done.finished
-    assert done.started
-    log.info("job succeeded", seconds=round((done.finished - done.started).total_seconds(), 2))
-
-
-def _reason(error: Exception, desk: Desk) -> Failure:
-    """A user's reason for what the user can mend, and a reference into the log for the rest."""
-    if _is(error, "models.volume", "VolumeError") or _is(error, "models.task", "TaskError"):
-        return Failure(title="The images cannot be segmented", detail=str(error))
-    unfit = _is(error, "models.checkpoint", "CheckpointError") or _is(error, "models.predictor", "OptionError")
-    if unfit or isinstance(error, (CardError, NoSuchModelError)):
-        # The operator's to mend; said without the place on this machine.
-        return Failure(title="The model cannot be used", detail=str(error).replace(f"{desk.settings.models}/", ""))
-    return _ours(error)
-
-
-def _is(error: Exception, module: str, name: str) -> bool:
-    """Whether an error is of a class of `models`, without importing that: what was never imported raised nothing."""
-    kind = getattr(sys.modules.get(module), name, None)
-    return isinstance(kind, type) and isinstance(error, kind)
-
-
-def _ours(error: Exception) -> Failure:
-    reference = secrets.token_hex(6)
-    log.error("unexpected error", reference=reference, where=where(error))
-    return Failure(
-        title="Something went wrong on our side",
-        detail=f"An error of ours stopped the job. Report the reference {reference}.",
-        reference=reference,
-    )
+    files, mask = desk.blobs.inputs(job), desk.blobs.mask(job)
+    warnings: list[str] = []
+    try:
+        segmentation = predictor.segment(files, progress)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        log.warning("out of memory: once more with less at a time", where=where(error))
+        predictor = desk.checkpoints.leaner(predictor)
+        warnings.append(
+            f"The device's memory did not suffice: done in windows of {' x '.join(map(str, predictor.window))} voxels. "
+            "The mask may differ a little from the usual one."
+        )
+        segmentation = predictor.segment(files, progress)
+    progress.stage("saving")
+    segmentation.save(mask)
+    progress.stage("")
+    done = desk.jobs.succeed(job, segmentation.volumes_ml, weights, seconds=progress.seconds, warnings=warnings)
+    log.info("job succeeded", seconds=progress.seconds, attempts=done.attempts)
 
 
 def _fail(job: Job, desk: Desk, failure: Failure) -> None:
+    desk.blobs.discard_mask(job)
     try:
         desk.jobs.fail(job, failure)
     except JobOverError:
         _stop(job, desk)
         return
-    log.warning("job failed", title=failure.title, reference=failure.reference)
+    log.warning("job failed", kind=failure.kind, reference=failure.reference)
 
 
 def _release(job: Job, desk: Desk) -> None:
@@ -156,3 +148,5 @@ def _stop(job: Job, desk: Desk) -> None:
         cancelled = True
     if cancelled:
         desk.blobs.delete(job.id)
+    else:
+        desk.blobs.discard_mask(job)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from app.jobs.record import InputFile, Job
 
-MASK = "mask.nii.gz"
+INCOMING, DOOMED = ".incoming-", ".deleted-"
+_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_NAME = re.compile(rf"(?:{re.escape(INCOMING)})?(?P<job>{_ID})|{re.escape(DOOMED)}(?P<deleted>{_ID})-\w+")
 
 
 class BlobStore:
-    """`<root>/<job id>/input/<modality>.nii[.gz]` and `<root>/<job id>/output/mask.nii.gz`.
+    """`<root>/<job id>/input/<modality>.nii.gz` and `<root>/<job id>/output/mask-<run>.nii.gz`: each run has a mask of
+    its own, so that one which was thought dead cannot replace its successor's.
 
     A folder whose name starts with a dot is being filled or being deleted; one without is whole. Both changes are one
     rename, so a reader sees all of a job's files or none. Methods raise `OSError` as the file system does.
@@ -44,24 +50,45 @@ class BlobStore:
     def delete(self, job_id: str) -> None:
         """Remove whatever there is of a job, incoming or accepted; quiet if there is nothing."""
         for folder in (self._incoming(job_id), self.root / job_id):
-            # Renamed first, so that a worker that is writing into it finds the folder gone rather than half there.
-            doomed = self.root / f".deleted-{job_id}-{secrets.token_hex(4)}"
-            try:
-                os.rename(folder, doomed)
-            except FileNotFoundError:
-                continue
-            shutil.rmtree(doomed, ignore_errors=True)
+            self.discard(folder)
 
     def inputs(self, job: Job) -> dict[str, Path]:
         """The uploaded files by modality, in the order given."""
         return {item.modality: self.root / job.id / "input" / item.filename for item in job.inputs}
 
-    def mask(self, job_id: str) -> Path:
-        """Where the mask is, or will be."""
-        return self.root / job_id / "output" / MASK
+    def mask(self, job: Job) -> Path:
+        """Where the mask of the job's run is, or will be."""
+        return self.root / job.id / "output" / f"mask-{job.run}.nii.gz"
+
+    def discard_mask(self, job: Job) -> None:
+        """Remove the mask of a run that came to nothing; quiet if there is none."""
+        with suppress(OSError):
+            self.mask(job).unlink(missing_ok=True)
+
+    def folders(self, older_than: float) -> Iterator[tuple[str, Path]]:
+        """All folders whose last change (of the folder itself) is more than `older_than` seconds ago, each with the id
+        of the job that it is named after, or was before it was to be deleted."""
+        limit = time.time() - older_than
+        for folder in self.root.iterdir():
+            named = _NAME.fullmatch(folder.name)
+            with suppress(FileNotFoundError):  # gone meanwhile
+                if named and folder.stat().st_mtime < limit:
+                    yield named["job"] or named["deleted"], folder
+
+    def discard(self, folder: Path) -> None:
+        """Remove a folder of the store, whatever it was."""
+        # Renamed first, so that a worker that is writing into it finds the folder gone rather than half there.
+        if not folder.name.startswith(DOOMED):
+            doomed = self.root / f"{DOOMED}{folder.name.removeprefix(INCOMING)}-{secrets.token_hex(4)}"
+            try:
+                os.rename(folder, doomed)
+            except FileNotFoundError:
+                return
+            folder = doomed
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _incoming(self, job_id: str) -> Path:
-        return self.root / f".incoming-{job_id}"
+        return self.root / f"{INCOMING}{job_id}"
 
 
 def input_files(modalities: Sequence[str], compressed: Sequence[bool]) -> tuple[InputFile, ...]:

@@ -25,3 +25,9 @@ def connect(settings: Settings, retry: Retry = ONCE_MORE) -> redis.Redis:
         retry=retry,
         health_check_interval=30,
     )
+
+
+def clock(client: redis.Redis) -> float:
+    """The time by Redis, in seconds: machines that share one need not agree on the time with each other."""
+    seconds, microseconds = client.time()
+    return seconds + microseconds / 1e6

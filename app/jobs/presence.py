@@ -1,16 +1,27 @@
-"""`Presence`: which workers consume the queue right now."""
+"""`Presence`: which workers consume the queue right now, and how many jobs they can run."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 
 import redis
 
+from app.jobs.connection import clock
+
 CONSUMING = "passion:consuming"
-"""Sorted set of worker names by the time (Unix seconds) until which each one vouches for itself."""
+"""Sorted set of `<worker> <children>` by the time (seconds, Redis's clock) until which each one vouches for itself."""
 
 INTERVAL = 2.0
 LEASE = 10.0
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One worker."""
+
+    name: str
+    children: int
+    """Jobs it runs at the same time."""
 
 
 class Presence:
@@ -20,17 +31,23 @@ class Presence:
     def __init__(self, client: redis.Redis) -> None:
         self._redis = client
 
-    def renew(self, worker: str) -> None:
+    def renew(self, worker: Consumer) -> None:
         """Say that `worker` consumes."""
+        at = clock(self._redis)
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.zadd(CONSUMING, {worker: time.time() + LEASE})
-            pipe.zremrangebyscore(CONSUMING, 0, time.time() - 10 * LEASE)
+            pipe.zadd(CONSUMING, {_member(worker): at + LEASE})
+            pipe.zremrangebyscore(CONSUMING, 0, at - 10 * LEASE)
             pipe.execute()
 
-    def leave(self, worker: str) -> None:
+    def leave(self, worker: Consumer) -> None:
         """Say that it no longer does."""
-        self._redis.zrem(CONSUMING, worker)
+        self._redis.zrem(CONSUMING, _member(worker))
 
-    def count(self) -> int:
+    def workers(self) -> list[Consumer]:
         """Workers that consume."""
-        return self._redis.zcount(CONSUMING, time.time(), "+inf")
+        members = [str(m) for m in self._redis.zrangebyscore(CONSUMING, clock(self._redis), "+inf")]
+        return [Consumer(name, int(children)) for name, children in (m.rsplit(" ", 1) for m in members)]
+
+
+def _member(worker: Consumer) -> str:
+    return f"{worker.name} {worker.children}"

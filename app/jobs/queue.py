@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+import redis
 
 from app.jobs.settings import Settings
 
@@ -48,7 +51,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         # Acknowledged after the work, not before it: a worker that vanishes leaves its message behind.
         "task_acks_late": True,
         # A child that is killed (out of memory, a crash in a kernel) gives its message back at once instead of after
-        # the visibility timeout. Celery would do that without end; attempts are counted and capped in the job record.
+        # a lease's time. Celery would do that without end; attempts are counted and capped in the job record.
         "task_reject_on_worker_lost": True,
         # A task that raised or ran out of time is over: it has written so into the record.
         "task_acks_on_failure": True,
@@ -56,8 +59,9 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         # One message at a time per child. A second one held in reserve would wait behind a job of minutes while
         # another worker is idle; with late acknowledgement 1 means that nothing is reserved beyond what runs.
         "worker_prefetch_multiplier": 1,
-        # Redis has no acknowledgements, so Celery puts a message back when it was not acknowledged for this long. It
-        # must be longer than any job can run, or a job would be started a second time beside itself.
+        # Redis has no acknowledgements, so Celery puts a message back when it was not acknowledged for this long. We
+        # do not wait for that: whose worker is gone is known by its lease, and the reaper sends a new message. So this
+        # only has to be longer than any job can run; the old message is then one for a job that is over.
         "broker_transport_options": {
             "visibility_timeout": int(settings.hard_time_limit) + 300,
             "socket_connect_timeout": settings.redis_timeout,
@@ -120,6 +124,12 @@ class JobQueue:
             self._app.send_task(TASK, args=[job_id], task_id=job_id, queue=QUEUE)
         except (OperationalError, OSError) as error:
             raise QueueError("the queue does not answer") from error
+
+    def message_ids(self, client: redis.Redis) -> set[str]:
+        """Ids of the jobs that a message in the queue speaks of. Celery's Redis transport keeps a queue as a list of
+        JSON documents whose headers name the task; the id of ours is the job's."""
+        messages = cast("list[str]", client.lrange(QUEUE, 0, -1))
+        return {str(json.loads(message).get("headers", {}).get("id")) for message in messages}
 
     def close(self) -> None:
         """Close the connections to the broker."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,11 +37,16 @@ class InputFile(_Record):
     filename: str
 
 
+FailureKind = Literal["images", "model", "time-limit", "worker-lost", "out-of-memory", "store-full", "internal"]
+
+
 class Failure(_Record):
     """Why a job failed, in words for its sender."""
 
     title: str
     detail: str
+    kind: FailureKind = "internal"
+    """For programs and for counting."""
     reference: str | None = None
     """Stands beside the full story in the worker's log, for failures that are ours and not the input's."""
 
@@ -88,18 +93,35 @@ class Job(_Record):
     missing: tuple[str, ...] = ()
     labels: tuple[LabelName, ...] = ()
     expected: Expectation | None = None
+    owner: str = ""
+    """Id of the key that sent it; only that key sees the job. Empty where the service asks for no keys."""
+    fingerprint: str = ""
+    """SHA-256 of the model's name and of what was sent, so that a repeated request is told from another one."""
+    idempotency: str = ""
+    """SHA-256 of the sender's Idempotency-Key, if there was one."""
 
     created: datetime = Field(default_factory=now)
+    queued: datetime = Field(default_factory=now)
+    """When it last came into the queue: at first, and again when its worker was lost."""
     started: datetime | None = None
     finished: datetime | None = None
     attempts: int = 0
     run: str = ""
-    """Names the present attempt: a worker that was taken for lost cannot write into its successor's record."""
+    """Names the present attempt, and its mask on the store: a worker that was taken for lost can write neither into its
+    successor's record nor over its result."""
+    worker: str = ""
+    """Who works, or has worked last, on the job."""
     stage: str | None = None
     percent: Percent = 0.0
 
     volumes_ml: dict[str, float] | None = None
+    warnings: tuple[str, ...] = ()
+    """What its reader should know of the mask."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """How long each stage took, in the order in which they came."""
     error: Failure | None = None
+    quarantined: bool = False
+    """Its files are kept for the operator to look at, and no worker is given them again: they ended too many."""
 
     @property
     def given(self) -> tuple[str, ...]:

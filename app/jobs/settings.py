@@ -68,7 +68,21 @@ class Settings(BaseSettings):
     soft_time_limit: Seconds = Field(default=1800, description="Seconds a job may run before it fails with a reason.")
     hard_time_limit: Seconds = Field(default=1860, description="Seconds after which its process is killed.")
     max_attempts: int = Field(default=3, ge=1, description="Times a job is started before it is given up.")
+    lease: Seconds = Field(
+        default=15, description="Seconds without a sign of life after which a running job is given to another worker."
+    )
+    queue_limit: int = Field(default=200, ge=1, description="Jobs that may wait; beyond, uploads are answered 503.")
+    jobs_per_key: int = Field(
+        default=50, ge=1, description="Jobs of one API key that may wait or run; beyond, uploads are answered 429."
+    )
+    streams: int = Field(default=100, ge=1, description="Readers of job events at the same time, per API process.")
+    retention: Seconds = Field(
+        default=7 * 86400, description="Seconds after its end at which a job is removed, record and files together."
+    )
     cancelled_kept: Seconds = Field(default=3600, description="Seconds the record of a cancelled job stays readable.")
+    orphans_kept: Seconds = Field(
+        default=3600, description="Seconds after which files on the store that belong to no job are removed."
+    )
     stop_grace: Seconds = Field(default=5, description="Seconds a stopping process has for what it is doing.")
     redis_timeout: Seconds = Field(default=3, description="Seconds to wait for Redis before answering 503.")
 

@@ -15,10 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.jobs.cards import CardError, ModelCard
 from app.jobs.logs import configure
 from app.jobs.settings import Settings
-from app.web import problems
-from app.web.problems import ProblemDocument
+from app.web import job_routes, problems
+from app.web.housekeeping import Housekeeping
+from app.web.problems import ProblemDocument, problems_of
 from app.web.resources import NOTICE
-from app.web.routes import problems_of, router
+from app.web.routes import router
 from app.web.service import Service
 from app.web.unread import UnreadBody
 from app.web.version import version
@@ -42,13 +43,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.blobs.open()
+        housekeeping = Housekeeping(settings, service.blobs)
+        housekeeping.start()
         log.info("api started", models=service.models.names())
         yield
+        housekeeping.stop()
         service.queue.close()
         log.info("api stopped")
 
     app = FastAPI(title="PASSION Seg", version=version(), description=DESCRIPTION, lifespan=lifespan)
     app.state.service = service
+    app.include_router(job_routes.router)
     app.include_router(router)
     problems.install(app)
     # FastAPI documents replacing this method as the way to change its description; to a type checker it is a method.

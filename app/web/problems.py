@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -60,6 +61,11 @@ KINDS: dict[str, Kind] = {
     "different-field-of-view": Kind(_BAD, "The images do not show the same place"),
     # jobs
     "unknown-job": Kind(HTTPStatus.NOT_FOUND, "There is no such job"),
+    "bad-idempotency-key": Kind(_BAD, "The Idempotency-Key cannot be used"),
+    "idempotency-key-reused": Kind(_BAD, "The Idempotency-Key stands for another request"),
+    "too-many-jobs": Kind(HTTPStatus.TOO_MANY_REQUESTS, "Too many jobs of this key wait or run"),
+    "queue-full": Kind(HTTPStatus.SERVICE_UNAVAILABLE, "Too many jobs wait"),
+    "too-many-streams": Kind(HTTPStatus.SERVICE_UNAVAILABLE, "Too many readers of job events"),
     "not-done": Kind(HTTPStatus.CONFLICT, "The job is not done"),
     "no-mask": Kind(HTTPStatus.GONE, "The job has no mask and will not get one"),
     # ours
@@ -82,6 +88,20 @@ class ProblemDocument(BaseModel):
     remedy: str | None = Field(default=None, description="What to do about it.")
     field: str | None = Field(default=None, description="The form field that is at fault, as it was sent.")
     reference: str | None = Field(default=None, description="Names the entry in the log, for errors that are ours.")
+
+
+def problems_of(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for kinds of problems, by status."""
+    by_status: dict[int, list[str]] = {}
+    for kind in kinds:
+        by_status.setdefault(int(KINDS[kind].status), []).append(kind)
+    return {
+        status: {
+            "description": "; ".join(f"{KINDS[k].title} (`{k}`)" for k in names),
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
+        }
+        for status, names in by_status.items()
+    }
 
 
 class Problem(Exception):  # noqa: N818 - the RFC's own word

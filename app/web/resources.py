@@ -27,9 +27,13 @@ EXAMPLE_JOB: dict[str, JsonValue] = {
     "labels": [{"value": 0, "name": "background"}, {"value": 1, "name": "necrotic core"}],
     "volumes_ml": None,
     "expected_dice": {"dataset": "phantoms", "cases": 16, "dice": {"WT": 0.9, "TC": 0.7, "ET": 0.4}},
+    "warnings": [],
+    "seconds": {},
     "error": None,
+    "quarantined": False,
     "links": {
         "self": "/jobs/5c1f6d3e-2f0b-4c57-9a49-0c6a1df3f1b2",
+        "events": "/jobs/5c1f6d3e-2f0b-4c57-9a49-0c6a1df3f1b2/events",
         "mask": None,
         "model": "/models/glioma-phantom-rfnet",
     },
@@ -48,6 +52,7 @@ class JobLinks(BaseModel):
     """Where to go from here."""
 
     self: str
+    events: str = Field(description="The job as server-sent events.")
     mask: str | None = Field(description="Null until the job has succeeded.")
     model: str
 
@@ -71,10 +76,15 @@ class JobResource(BaseModel):
     modalities: Modalities
     labels: list[LabelName] = Field(description="What the values in the mask stand for.")
     volumes_ml: dict[str, float] | None = Field(description="Volume of each region in mL, once succeeded.")
+    warnings: list[str] = Field(description="What a reader of the mask should know of it.")
+    seconds: dict[str, float] = Field(description="How long each stage took, once succeeded.")
     expected_dice: Expectation | None = Field(
         description="What the model scored on its own test set with exactly these modalities. Null: never measured."
     )
     error: Failure | None
+    quarantined: bool = Field(
+        description="Whether it ended so many processes that no other one gets it; its files are kept for the operator."
+    )
     links: JobLinks
     notice: str = NOTICE
 
@@ -97,14 +107,26 @@ class JobResource(BaseModel):
             modalities=Modalities(given=list(job.given), missing=list(job.missing)),
             labels=list(job.labels),
             volumes_ml=job.volumes_ml,
+            warnings=list(job.warnings),
+            seconds=job.seconds,
             expected_dice=job.expected,
             error=job.error,
+            quarantined=job.quarantined,
             links=JobLinks(
                 self=f"/jobs/{job.id}",
+                events=f"/jobs/{job.id}/events",
                 mask=f"/jobs/{job.id}/mask" if done else None,
                 model=f"/models/{job.model}",
             ),
         )
+
+
+class JobList(BaseModel):
+    """A page of the caller's jobs."""
+
+    jobs: list[JobResource] = Field(description="The latest first.")
+    next: str | None = Field(description="The next page; null on the last one.")
+    notice: str = NOTICE
 
 
 class ModelResource(BaseModel):
@@ -160,6 +182,8 @@ class Ready(BaseModel):
 
     status: str = "ready"
     workers: int = Field(description="Workers that take jobs off the queue.")
+    children: int = Field(description="Jobs that they can run at the same time.")
+    waiting: int = Field(description="Jobs that wait.")
     models: list[str]
 
 

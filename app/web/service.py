@@ -31,6 +31,10 @@ class Service:
     """Threads that write uploads. Their own, so that a reader of a job never waits behind fifty uploads."""
     checking: anyio.CapacityLimiter
     """Threads that read uploads through: work for a processor, so few."""
+    looking: anyio.CapacityLimiter
+    """Threads that look at jobs for readers of events."""
+    streams: anyio.CapacityLimiter
+    """Readers of events."""
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -45,6 +49,8 @@ class Service:
             models=ModelShelf(settings.models, settings.default_model),
             writing=anyio.CapacityLimiter(16),
             checking=anyio.CapacityLimiter(settings.checks),
+            looking=anyio.CapacityLimiter(4),
+            streams=anyio.CapacityLimiter(settings.streams),
         )
 
 

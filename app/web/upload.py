@@ -44,6 +44,7 @@ class Accepted:
     model: str
     card: ModelCard
     inputs: tuple[InputFile, ...]
+    fingerprint: str = ""
 
 
 async def receive(request: Request, service: Service, folder: Path) -> Accepted:

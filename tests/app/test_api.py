@@ -13,7 +13,7 @@ from scans import head, image, nifti, scan
 from serving import serving
 
 from app.jobs.connection import connect
-from app.jobs.presence import Presence
+from app.jobs.presence import Consumer, Presence
 from app.web.problems import KINDS
 
 
@@ -240,18 +240,20 @@ def test_ready_means_a_worker_and_a_model(api, served):
     assert "no worker" in assert_problem(api.get("/readyz"), "unavailable")["detail"]
     client = connect(served)
     presence = Presence(client)
-    presence.renew("w@host")
-    assert api.get("/readyz").json() == {"status": "ready", "workers": 1, "models": ["tiny"]}
+    worker = Consumer("w@host", 2)
+    presence.renew(worker)
+    ready = {"status": "ready", "workers": 1, "children": 2, "waiting": 0, "models": ["tiny"]}
+    assert api.get("/readyz").json() == ready
     shutil.rmtree(served.models / "tiny")
     assert "no model" in assert_problem(api.get("/readyz"), "unavailable")["detail"]
-    presence.leave("w@host")
-    assert presence.count() == 0
+    presence.leave(worker)
+    assert presence.workers() == []
     client.close()
 
 
 def test_a_worker_that_stops_renewing_is_gone(api, served):
     client = connect(served)
-    client.zadd("passion:consuming", {"dead@host": 1.0})
+    client.zadd("passion:consuming", {"dead@host 1": 1.0})
     assert_problem(api.get("/readyz"), "unavailable")
     client.close()
 

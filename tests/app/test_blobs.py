@@ -19,7 +19,7 @@ def test_an_upload_is_no_job_until_it_is_accepted(blobs):
     assert [p.name for p in blobs.root.iterdir()] == ["a"]
     job = Job(id="a", model="m", inputs=(InputFile(modality="t2", filename="t2.nii"),))
     assert blobs.inputs(job)["t2"].read_bytes() == b"x"
-    assert blobs.mask("a").parent.is_dir()
+    assert blobs.mask(job).parent.is_dir()
 
 
 @pytest.mark.parametrize("accepted", [True, False])

@@ -1,4 +1,5 @@
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -38,7 +39,7 @@ def test_an_unknown_id(store):
         store.get("nothing")
     with pytest.raises(UnknownJobError):
         store.cancel("nothing")
-    assert store.begin("nothing") is None
+    assert store.begin("nothing", "w") is None
     assert store.position("nothing") is None
     store.remove("nothing")
 
@@ -48,13 +49,13 @@ def test_positions_move_up_as_jobs_begin_and_are_cancelled(store):
     for job in jobs:
         store.create(job)
     assert [store.position(j.id) for j in jobs] == [1, 2, 3, 4]
-    store.begin(jobs[0].id)
+    store.begin(jobs[0].id, "w")
     store.cancel(jobs[2].id)
     assert [store.position(j.id) for j in jobs] == [None, 1, None, 2]
 
 
 def test_a_run_from_beginning_to_end(store, job):
-    run = store.begin(job.id)
+    run = store.begin(job.id, "w")
     assert run is not None
     assert (run.state, run.attempts, run.stage) == (JobState.RUNNING, 1, "starting")
     store.progress(run, "segmenting", 40.0)
@@ -67,7 +68,7 @@ def test_a_run_from_beginning_to_end(store, job):
 
 @pytest.mark.parametrize("end", ["cancel", "succeed", "fail"])
 def test_what_is_over_stays_as_it_is(store, job, end):
-    run = store.begin(job.id)
+    run = store.begin(job.id, "w")
     {
         "cancel": lambda: store.cancel(job.id),
         "succeed": lambda: store.succeed(run, {}, ""),
@@ -75,8 +76,8 @@ def test_what_is_over_stays_as_it_is(store, job, end):
     }[end]()
     before = store.get(job.id)
     assert before.state.final
-    assert store.begin(job.id) is None
-    store.fail_whatever_runs(job.id, REASON)
+    assert store.begin(job.id, "w") is None
+    store.fail_run_of(job.id, "w", REASON)
     for change in (
         lambda: store.progress(run, "loading", 1.0),
         lambda: store.succeed(run, {}, ""),
@@ -89,19 +90,32 @@ def test_what_is_over_stays_as_it_is(store, job, end):
     assert store.get(job.id) == before
 
 
-def test_a_cancelled_record_lapses_and_others_stay(store, job, settings):
-    other = new_job()
-    store.create(other)
-    store.cancel(job.id)
+def test_jobs_that_are_over_expire_and_others_stay(settings):
     client = connect(settings)
-    assert 0 < client.ttl(f"passion:job:{job.id}") <= settings.cancelled_kept
-    assert client.ttl(f"passion:job:{other.id}") == -1
+    store = JobStore(client, settings.model_copy(update={"cancelled_kept": 0.2, "retention": 0.4}))
+    waits, cancelled, failed = new_job(), new_job(), new_job()
+    for job in (waits, cancelled, failed):
+        store.create(job)
+    store.cancel(cancelled.id)
+    store.fail(store.begin(failed.id, "w"), REASON)
+    assert store.expired() == []
+    time.sleep(0.3)
+    assert store.expired() == [cancelled.id]
+    time.sleep(0.2)
+    assert store.expired() == [cancelled.id, failed.id]
+    store.remove(cancelled.id)
+    assert store.expired() == [failed.id]
+    assert not store.exists(cancelled.id)
     client.close()
 
 
 def test_only_the_latest_run_may_write(store, job):
-    lost = store.begin(job.id)
-    again = store.begin(job.id)
+    lost = store.begin(job.id, "w")
+    assert store.begin(job.id, "v") is None, "its run is alive"
+    store.process_ended(job.id, "v")
+    assert store.begin(job.id, "v") is None, "it is not v's"
+    store.process_ended(job.id, "w")
+    again = store.begin(job.id, "v")
     assert (again.attempts, again.started) == (2, lost.started)
     assert again.run != lost.run
     assert store.owns(again)
@@ -113,17 +127,19 @@ def test_only_the_latest_run_may_write(store, job):
 
 def test_attempts_are_capped(store, job, settings):
     for attempt in range(settings.max_attempts):
-        assert store.begin(job.id).attempts == attempt + 1
-    assert store.begin(job.id) is None
+        assert store.begin(job.id, "w").attempts == attempt + 1
+        store.process_ended(job.id, "w")
+    assert store.begin(job.id, "w") is None
     failed = store.get(job.id)
     assert failed.state is JobState.FAILED
+    assert failed.quarantined
     assert "ended 3 times" in failed.error.detail
 
 
 def test_a_released_job_is_first_in_line_and_its_attempt_does_not_count(store, job):
     later = new_job()
     store.create(later)
-    run = store.begin(job.id)
+    run = store.begin(job.id, "w")
     store.release(run)
     back = store.get(job.id)
     assert (back.state, back.attempts, back.started) == (JobState.QUEUED, 0, None)
@@ -133,13 +149,15 @@ def test_a_released_job_is_first_in_line_and_its_attempt_does_not_count(store, j
 
 
 def test_a_run_that_died_is_failed_by_whoever_noticed(store, job):
-    store.begin(job.id)
-    store.fail_whatever_runs(job.id, REASON)
+    store.begin(job.id, "w")
+    store.fail_run_of(job.id, "another", REASON)
+    assert store.get(job.id).state is JobState.RUNNING
+    store.fail_run_of(job.id, "w", REASON)
     assert store.get(job.id).error == REASON
 
 
 def test_removed_is_unknown(store, job):
-    run = store.begin(job.id)
+    run = store.begin(job.id, "w")
     store.remove(job.id)
     assert not store.owns(run)
     with pytest.raises(JobOverError):
@@ -159,14 +177,17 @@ def test_of_a_cancel_and_a_begin_at_once_the_cancel_holds(store):
             barrier.wait()
             return action(job.id)
 
+        def begin(job_id):
+            return store.begin(job_id, "w")
+
         with ThreadPoolExecutor(3) as pool:
-            list(pool.map(together, [store.begin, store.cancel, store.begin]))
+            list(pool.map(together, [begin, store.cancel, begin]))
         assert store.get(job.id).state is JobState.CANCELLED
         assert store.position(job.id) is None
 
 
 def test_of_many_who_finish_at_once_one_does(store, job):
-    run = store.begin(job.id)
+    run = store.begin(job.id, "w")
 
     def finish(number):
         try:
@@ -183,7 +204,7 @@ def test_of_many_who_finish_at_once_one_does(store, job):
 
 def test_a_record_with_unknown_fields_is_read(store, job, settings):
     client = connect(settings)
-    newer = job.model_dump_json()[:-1] + ', "lease": 5}'
+    newer = job.model_dump_json()[:-1] + ', "newer": 5}'
     client.set(f"passion:job:{job.id}", newer)
     client.close()
     assert store.get(job.id) == job

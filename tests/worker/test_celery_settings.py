@@ -60,21 +60,3 @@ def test_the_parent_has_the_task_and_no_torch():
         "heavy = {'torch', 'monai', 'models', 'nibabel'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_a_child_killed_for_its_time_is_written_down_by_the_parent(settings, monkeypatch):
-    import worker.celery_app as module
-
-    monkeypatch.setattr(module, "settings", settings)
-    client = connect(settings)
-    store = JobStore(client, settings)
-    job = Job(id=new_id(), model="m", inputs=(InputFile(modality="t2", filename="t2.nii"),))
-    store.create(job)
-    store.begin(job.id)
-    import worker.task
-
-    module.out_of_time(worker.task.segment, job.id, ValueError("something else"))
-    assert store.get(job.id).state is JobState.RUNNING
-    module.out_of_time(worker.task.segment, job.id, TimeLimitExceeded(5))
-    assert store.get(job.id).error.title == "The time limit was reached"
-    client.close()

@@ -35,9 +35,8 @@ def desk(settings):
     blobs = BlobStore(settings.store)
     blobs.open()
     shelf = ModelShelf(settings.models)
-    yield Desk(
-        settings, JobStore(client, settings), blobs, Checkpoints(shelf, "cpu", settings.overlap, settings.precision)
-    )
+    jobs, checkpoints = JobStore(client, settings), Checkpoints(shelf, "cpu", settings.overlap, settings.precision)
+    yield Desk(settings, jobs, jobs, blobs, checkpoints)
     client.close()
 
 
@@ -55,10 +54,10 @@ def test_a_mask_with_2221(desk, slices, between):
     assert check(path, desk.settings).shape == (48, 48, slices)  # the API's default limits let it in
     desk.blobs.accept(job_id)
     desk.jobs.create(Job(id=job_id, model="heart", inputs=(InputFile(modality="lge", filename="lge.nii.gz"),)))
-    run(job_id, desk)
+    run(job_id, desk, "w@here")
     done = desk.jobs.get(job_id)
     assert (done.state, done.error) == (JobState.SUCCEEDED, None)
-    mask = read(desk.blobs.mask(job_id).read_bytes())
+    mask = read(desk.blobs.mask(done).read_bytes())
     assert mask.get_data_dtype() == np.uint16
     assert mask.shape == (48, 48, slices)
     assert (np.asarray(mask.dataobj) == 2221).all()

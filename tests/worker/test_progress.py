@@ -25,7 +25,7 @@ def store(settings):
 def job(store):
     job = Job(id=new_id(), model="m", inputs=(InputFile(modality="t2", filename="t2.nii"),))
     store.create(job)
-    return store.begin(job.id)
+    return store.begin(job.id, "w")
 
 
 def test_stages_follow_each_other_from_0_to_99():

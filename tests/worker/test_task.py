@@ -12,7 +12,7 @@ import pytest
 import torch
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from own_redis import running
-from scans import head, image, nifti, read, scan
+from scans import SHAPE, head, image, nifti, read, scan
 
 from app.jobs.blobs import BlobStore
 from app.jobs.cards import ModelShelf
@@ -22,7 +22,8 @@ from app.jobs.store import JobOverError, JobStore
 from models.checkpoint import Checkpoint
 from models.predictor import Predictor
 from worker.checkpoints import Checkpoints, pick_device
-from worker.task import Desk, run
+from worker.task import Desk
+from worker.task import run as run_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,10 +35,13 @@ def desk(settings, tiny):
     blobs = BlobStore(settings.store)
     blobs.open()
     shelf = ModelShelf(settings.models)
-    yield Desk(
-        settings, JobStore(client, settings), blobs, Checkpoints(shelf, "cpu", settings.overlap, settings.precision)
-    )
+    jobs, checkpoints = JobStore(client, settings), Checkpoints(shelf, "cpu", settings.overlap, settings.precision)
+    yield Desk(settings, jobs, jobs, blobs, checkpoints)
     client.close()
+
+
+def run(job_id, desk):
+    run_by(job_id, desk, "w@here")
 
 
 def nifti_gz(data):
@@ -64,7 +68,7 @@ def test_a_job_succeeds_with_the_predictors_own_mask(desk, tiny):
     assert (done.state, done.attempts, done.error) == (JobState.SUCCEEDED, 1, None)
     assert done.weights_sha256 == Checkpoint.load(tiny).card.weights_sha256
     expected = Predictor(Checkpoint.load(tiny)).segment(desk.blobs.inputs(job))
-    mask = read(desk.blobs.mask(job.id).read_bytes())
+    mask = read(desk.blobs.mask(done).read_bytes())
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(expected.mask.dataobj))
     assert done.volumes_ml == expected.volumes_ml
     assert set(done.volumes_ml) == {"WT", "TC", "ET"}
@@ -90,7 +94,7 @@ def test_a_message_for_a_job_that_is_over_does_nothing(desk, end):
         desk.jobs.remove(job.id)
     else:
         run(job.id, desk)
-    mask = desk.blobs.mask(job.id)
+    mask = desk.blobs.mask(desk.jobs.get(job.id) if end == "succeeded" else job)
     written = mask.stat().st_mtime_ns if mask.exists() else None
     run(job.id, desk)
     assert (mask.stat().st_mtime_ns if mask.exists() else None) == written
@@ -134,7 +138,7 @@ def test_weights_that_were_changed_and_no_path_of_this_machine(desk):
 
 def test_an_error_of_ours_gives_a_reference_and_no_story(desk, capsys, caplog):
     job = add(desk, t2=scan("t2"))
-    output = desk.blobs.mask(job.id).parent
+    output = desk.blobs.mask(job).parent
     output.rmdir()
     output.write_text("a file where a folder should be")
     run(job.id, desk)
@@ -166,7 +170,7 @@ def test_a_job_cancelled_while_it_runs_stops_and_leaves_nothing(desk):
 
 def test_a_job_deleted_before_its_files_are_read_is_not_an_error(desk, caplog):
     job = add(desk, t2=scan("t2"))
-    taken = desk.jobs.begin(job.id)
+    taken = desk.jobs.begin(job.id, "w@here")
     desk.jobs.cancel(job.id)
     desk.blobs.delete(job.id)
     assert not desk.jobs.owns(taken)
@@ -223,7 +227,8 @@ def test_a_redis_that_ends_during_a_job_leaves_the_message(desk, tmp_path):
         url = redis.enter_context(running(tmp_path / "redis"))
         client = connect(desk.settings.model_copy(update={"redis_url": url}))
         stack.callback(client.close)
-        there = Desk(desk.settings, JobStore(client, desk.settings), desk.blobs, desk.checkpoints)
+        jobs = JobStore(client, desk.settings)
+        there = Desk(desk.settings, jobs, jobs, desk.blobs, desk.checkpoints)
         job = add(there, t2=nifti_gz(head("t2", LONG)))
 
         def end_redis():
@@ -243,7 +248,8 @@ def test_a_redis_that_ends_during_a_job_leaves_the_message(desk, tmp_path):
 def test_a_job_started_too_often_is_given_up(desk):
     job = add(desk, t2=scan("t2"))
     for _ in range(desk.settings.max_attempts):
-        desk.jobs.begin(job.id)
+        desk.jobs.begin(job.id, "w@here")
+        desk.jobs.process_ended(job.id, "w@here")
     run(job.id, desk)
     assert desk.jobs.get(job.id).error.title == "The worker was lost"
 
@@ -251,12 +257,22 @@ def test_a_job_started_too_often_is_given_up(desk):
 def test_a_run_that_was_overtaken_writes_no_result(desk):
     """Two processes on one job, as after a lost connection: one result is kept, and the loser does not delete it."""
     job = add(desk, t2=scan("t2"))
-    slow = desk.jobs.begin(job.id)
+    slow = desk.jobs.begin(job.id, "w@here")
+    desk.jobs.process_ended(job.id, "w@here")
     run(job.id, desk)
-    assert desk.jobs.get(job.id).attempts == 2
+    done = desk.jobs.get(job.id)
+    assert done.attempts == 2
+    desk.blobs.mask(slow).write_bytes(b"what the slow one found")
     with pytest.raises(JobOverError):
         desk.jobs.succeed(slow, {}, "")
-    assert desk.blobs.mask(job.id).is_file()
+    assert read(desk.blobs.mask(done).read_bytes()).shape == SHAPE
+
+
+def test_a_message_for_a_job_in_live_hands_does_nothing(desk):
+    job = add(desk, t2=scan("t2"))
+    held = desk.jobs.begin(job.id, "other@there")
+    run(job.id, desk)
+    assert desk.jobs.get(job.id) == held
 
 
 @pytest.mark.parametrize(("wanted", "picked"), [("cpu", "cpu"), ("cuda:3", "cuda:3"), ("cuda", "cuda:0")])

@@ -1,0 +1,280 @@
+"""The routes of jobs: send, look, fetch, delete. Each says what happens; how is elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import anyio
+import structlog
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse
+from redis import RedisError
+
+from app.jobs.admission import KeyReusedError, QueueFullError, TooManyJobsError
+from app.jobs.queue import QueueError
+from app.jobs.record import Job, JobState, LabelName, new_id
+from app.jobs.store import JobOverError, UnknownJobError
+from app.web.auth import Caller
+from app.web.events import events_of, stream_slot
+from app.web.problems import Problem, problems_of, unavailable
+from app.web.resources import JobList, JobResource
+from app.web.service import Here, Service
+from app.web.upload import Accepted, receive
+
+router = APIRouter(tags=["jobs"])
+log = structlog.get_logger("app.web")
+
+JobId = Annotated[str, Path(description="As POST /segment answered it.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="Names this request, 1 to 255 printable ASCII characters. The same request with the same key gives "
+        "the same job and no second one; another request with it is refused. Good until the job is removed.",
+    ),
+]
+NIFTI_GZ = "application/gzip"
+
+_UPLOAD_PROBLEMS = [
+    *("malformed-multipart", "not-multipart", "too-large", "no-images", "unknown-field", "duplicate-modality"),
+    *("unknown-model", "model-not-chosen", "empty-file", "not-nifti", "two-files", "corrupt-gzip", "truncated"),
+    *("too-large-uncompressed", "bad-header", "bad-data-type", "bad-affine", "bad-spacing", "not-3d"),
+    *("too-many-voxels", "too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full"),
+    *("bad-idempotency-key", "idempotency-key-reused", "too-many-jobs", "queue-full", "unavailable", "broken-model"),
+]
+
+
+@router.post(
+    "/segment",
+    status_code=202,
+    response_model=JobResource,
+    responses={
+        202: {
+            "description": "Accepted: poll the job until its state is final.",
+            "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
+        },
+        **problems_of(*_UPLOAD_PROBLEMS),
+    },
+)
+async def segment(
+    request: Request, response: Response, service: Here, caller: Caller, idempotency_key: IdempotencyKey = None
+) -> JobResource:
+    """Send the images of one patient, any non-empty subset of the model's modalities, and get a job."""
+    idempotency = _digest(idempotency_key)
+    await run_sync(_room, service, "" if idempotency else caller, bool(idempotency))  # better now than after the upload
+    job_id = new_id()
+    structlog.contextvars.bind_contextvars(job_id=job_id)
+    try:
+        folder = await run_sync(service.blobs.incoming, job_id, limiter=service.writing)
+        accepted = await receive(request, service, folder)
+        job = await run_sync(_enqueue, service, _job(job_id, accepted, caller, idempotency))
+        if job.id != job_id:
+            await run_sync(service.blobs.delete, job_id, limiter=service.writing)
+    except BaseException:
+        with anyio.CancelScope(shield=True):  # the sender may have hung up: nothing stays all the same
+            await run_sync(service.blobs.delete, job_id, limiter=service.writing)
+        raise
+    log.info("job accepted", job_id=job.id, model=job.model, modalities=len(job.inputs), repeated=job.id != job_id)
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return JobResource.of(job, await run_sync(service.jobs.position, job.id))
+
+
+def _digest(idempotency_key: str | None) -> str:
+    """What is kept of a key: senders put all sorts of things into them."""
+    if idempotency_key is None:
+        return ""
+    if not (1 <= len(idempotency_key) <= 255 and idempotency_key.isascii() and idempotency_key.isprintable()):
+        raise Problem(
+            "bad-idempotency-key",
+            "the header Idempotency-Key must have 1 to 255 printable ASCII characters",
+            "Use a UUID of your own per request.",
+            field="Idempotency-Key",
+        )
+    return hashlib.sha256(idempotency_key.encode()).hexdigest()
+
+
+def _room(service: Service, caller: str, repeated: bool) -> None:
+    """Turn an upload away before it is sent. One with an Idempotency-Key may be a job that is there already, so only
+    what it has sent tells."""
+    if repeated:
+        service.jobs.ping()
+        return
+    try:
+        service.jobs.room(caller)
+    except (QueueFullError, TooManyJobsError) as error:
+        raise _no_room(error, service) from None
+
+
+def _no_room(error: Exception, service: Service) -> Problem:
+    if isinstance(error, TooManyJobsError):
+        return Problem(
+            "too-many-jobs",
+            f"{service.settings.jobs_per_key} jobs of this key wait or run, which is as many as may",
+            "Wait until one is done, or delete one. What was sent with this request was not kept.",
+            headers={"Retry-After": "10"},
+        )
+    return Problem(
+        "queue-full",
+        f"{service.settings.queue_limit} jobs wait, which is as many as may",
+        "Try again later. What was sent with this request was not kept.",
+        headers={"Retry-After": "30"},
+    )
+
+
+def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
+    card = accepted.card
+    given = tuple(item.modality for item in accepted.inputs)
+    return Job(
+        id=job_id,
+        model=accepted.model,
+        weights_sha256=card.weights_sha256,
+        inputs=accepted.inputs,
+        missing=tuple(name for name in card.modalities if name not in given),
+        labels=tuple(LabelName(value=label.value, name=label.name) for label in card.task.labels),
+        expected=card.expectation(given),
+        owner=owner,
+        fingerprint=accepted.fingerprint,
+        idempotency=idempotency,
+    )
+
+
+def _enqueue(service: Service, job: Job) -> Job:
+    """Files, then record, then message: whoever finds one of them finds those before it. Killed in between, the files
+    are swept up, or the message is found missing and sent. Gives back the job that the request stands for."""
+    service.blobs.accept(job.id)
+    try:
+        created = service.jobs.create(job)
+    except (QueueFullError, TooManyJobsError) as error:
+        raise _no_room(error, service) from None
+    except KeyReusedError:
+        raise Problem(
+            "idempotency-key-reused",
+            "the Idempotency-Key was sent before, with other images, another order or another model",
+            "Use a new key for a new request.",
+            field="Idempotency-Key",
+        ) from None
+    except UnknownJobError:
+        raise unavailable("the job of this Idempotency-Key was removed just now") from None
+    except RedisError as error:
+        _take_back(service, job)
+        raise unavailable("the queue does not take jobs") from error
+    if created.id == job.id:
+        try:
+            service.queue.submit(job.id)
+        except QueueError as error:
+            _take_back(service, job)
+            raise unavailable("the queue does not take jobs") from error
+    return created
+
+
+def _take_back(service: Service, job: Job) -> None:
+    try:
+        service.jobs.remove(job.id)
+    except RedisError:
+        log.error("a record may be left behind", job_id=job.id)
+
+
+@router.get("/jobs", response_model=JobList, responses=problems_of("invalid-request", "unavailable"))
+def jobs(
+    service: Here,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=200, description="Jobs on one page.")] = 50,
+    before: Annotated[
+        int | None, Query(ge=0, le=2**53, description="Where to go on from: as the page before had it in `next`.")
+    ] = None,
+) -> JobList:
+    """The caller's own jobs, the latest first."""
+    found, rest = service.jobs.of_owner(caller, before, limit)
+    resources = [JobResource.of(job, _position(service, job)) for job in found]
+    return JobList(jobs=resources, next=None if rest is None else f"/jobs?limit={limit}&before={rest}")
+
+
+def own_job(job_id: JobId, service: Here, caller: Caller) -> Job:
+    """The record of a job of the caller's; another's is as unknown as one that never was."""
+    try:
+        record = service.jobs.get(job_id)
+    except UnknownJobError:
+        raise _unknown_job() from None
+    if record.owner != caller:
+        raise _unknown_job()
+    return record
+
+
+OwnJob = Annotated[Job, Depends(own_job)]
+
+
+def _unknown_job() -> Problem:
+    return Problem("unknown-job", "no job has this id", "Ids come from POST /segment; removed jobs are forgotten.")
+
+
+@router.get("/jobs/{job_id}", response_model=JobResource, responses=problems_of("unknown-job", "unavailable"))
+def job(record: OwnJob, service: Here) -> JobResource:
+    """How a job is doing."""
+    return JobResource.of(record, _position(service, record))
+
+
+def _position(service: Service, record: Job) -> int | None:
+    return service.jobs.position(record.id) if record.state is JobState.QUEUED else None
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses=problems_of("unknown-job", "too-many-streams", "unavailable"),
+    dependencies=[Depends(stream_slot)],
+)
+async def events(record: OwnJob, service: Here) -> AsyncIterator[JobResource]:
+    """The job as `GET /jobs/{id}` has it, now and each time it changes, until it is over (server-sent events)."""
+    async for resource in events_of(record, service):
+        yield resource
+
+
+@router.get(
+    "/jobs/{job_id}/mask",
+    response_class=FileResponse,
+    responses={
+        200: {
+            "description": "A gzipped NIfTI file (uint8, or uint16 where the model's values need it; label intent) on "
+            "the grid of the first image given: same shape, affine, sform and qform codes, zooms. The job's `labels` "
+            "name its values.",
+            "content": {NIFTI_GZ: {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),
+    },
+)
+def mask(record: OwnJob, service: Here) -> FileResponse:
+    """The mask of a job that has succeeded."""
+    if not record.state.final:
+        raise Problem("not-done", f"the job is {record.state}", f"Poll /jobs/{record.id} until its state is succeeded.")
+    if record.state is not JobState.SUCCEEDED:
+        raise Problem("no-mask", f"the job has {record.state}", "The job says why; send the images again if need be.")
+    path = service.blobs.mask(record)
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise Problem("no-mask", "the mask is no longer kept", "Send the images again.") from None
+    return FileResponse(path, media_type=NIFTI_GZ, filename=f"{record.id}-mask.nii.gz", stat_result=stat)
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    status_code=204,
+    response_class=Response,
+    responses=problems_of("unknown-job", "unavailable"),
+)
+def cancel(record: OwnJob, service: Here) -> None:
+    """Stop a job that is not over, and remove its files at once. The record of a stopped job stays readable for a while
+    (`cancelled`); that of a finished one is removed."""
+    try:
+        service.jobs.cancel(record.id)
+        service.blobs.delete(record.id)
+    except JobOverError:
+        service.blobs.delete(record.id)
+        if own_job(record.id, service, record.owner).state is not JobState.CANCELLED:
+            service.jobs.remove(record.id)
+    except UnknownJobError:
+        raise _unknown_job() from None
+    log.info("job deleted", job_id=record.id)

@@ -24,8 +24,8 @@ class Lapsed:
 
 class Leases:
     """A run is granted a lease in the transaction that begins it (`grant`), its worker renews it, and in the
-    transaction that ends it the lease goes (`drop`). A run is one attempt at a job, so a worker that was thought dead can neither
-    renew nor drop what its successor holds."""
+    transaction that ends it the lease goes (`drop`). A run is one attempt at a job, so a worker that was thought dead
+    can neither renew nor drop what its successor holds."""
 
     def __init__(self, client: redis.Redis, seconds: float) -> None:
         self._redis = client

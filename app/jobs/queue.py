@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any, cast
 
 import redis
@@ -113,13 +114,22 @@ class JobQueue:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._app: Celery | None = None
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Import Celery now rather than with the first job."""
+        # One thread at a time: Celery's lazy modules are found half made by a second one.
+        with self._lock:
+            if self._app is None:
+                self._app = celery_app(self._settings)
+                self._app.amqp.queues  # noqa: B018 - made now, for the same reason
 
     def submit(self, job_id: str) -> None:
         """Put a job in the queue. Raises `QueueError` if the broker does not take it."""
         from kombu.exceptions import OperationalError
 
-        if self._app is None:
-            self._app = celery_app(self._settings)
+        self.open()
+        assert self._app is not None
         try:
             self._app.send_task(TASK, args=[job_id], task_id=job_id, queue=QUEUE)
         except (OperationalError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -45,6 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         service.blobs.open()
         housekeeping = Housekeeping(settings, service.blobs)
         housekeeping.start()
+        threading.Thread(target=service.queue.open, name="celery import", daemon=True).start()
         log.info("api started", models=service.models.names())
         yield
         housekeeping.stop()

@@ -70,13 +70,11 @@ async def segment(
     try:
         folder = await run_sync(service.blobs.incoming, job_id, limiter=service.writing)
         accepted = await receive(request, service, folder)
-        job = await run_sync(_enqueue, service, _job(job_id, accepted, caller, idempotency))
-        if job.id != job_id:
-            await run_sync(service.blobs.delete, job_id, limiter=service.writing)
     except BaseException:
         with anyio.CancelScope(shield=True):  # the sender may have hung up: nothing stays all the same
             await run_sync(service.blobs.delete, job_id, limiter=service.writing)
         raise
+    job = await run_sync(_enqueue, service, _job(job_id, accepted, caller, idempotency))
     log.info("job accepted", job_id=job.id, model=job.model, modalities=len(job.inputs), repeated=job.id != job_id)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobResource.of(job, await run_sync(service.jobs.position, job.id))
@@ -143,10 +141,23 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
 
 def _enqueue(service: Service, job: Job) -> Job:
     """Files, then record, then message: whoever finds one of them finds those before it. Killed in between, the files
-    are swept up, or the message is found missing and sent. Gives back the job that the request stands for."""
-    service.blobs.accept(job.id)
+    are swept up, or the message is found missing and sent. Gives back the job that the request stands for; unless that
+    is `job`, nothing of `job` stays."""
+    created = None
+    try:
+        service.blobs.accept(job.id)
+        created = _create(service, job)
+        return created
+    finally:
+        if created is None or created.id != job.id:
+            service.blobs.delete(job.id)
+
+
+def _create(service: Service, job: Job) -> Job:
     try:
         created = service.jobs.create(job)
+        if created.id == job.id:
+            service.queue.submit(job.id)
     except (QueueFullError, TooManyJobsError) as error:
         raise _no_room(error, service) from None
     except KeyReusedError:
@@ -158,15 +169,12 @@ def _enqueue(service: Service, job: Job) -> Job:
         ) from None
     except UnknownJobError:
         raise unavailable("the job of this Idempotency-Key was removed just now") from None
-    except RedisError as error:
+    except (QueueError, RedisError) as error:
         _take_back(service, job)
         raise unavailable("the queue does not take jobs") from error
-    if created.id == job.id:
-        try:
-            service.queue.submit(job.id)
-        except QueueError as error:
-            _take_back(service, job)
-            raise unavailable("the queue does not take jobs") from error
+    except BaseException:
+        _take_back(service, job)
+        raise
     return created
 
 

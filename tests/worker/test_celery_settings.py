@@ -4,13 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from celery.exceptions import TimeLimitExceeded
 
 from app.jobs.connection import connect
 from app.jobs.queue import QUEUE, TASK, JobQueue, QueueError, celery_app
-from app.jobs.record import InputFile, Job, JobState, new_id
 from app.jobs.settings import Settings
-from app.jobs.store import JobStore
 
 
 def test_what_is_promised(settings):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-from app.jobs.record import InputFile, Job
+from app.jobs.record import Job
 
 MASK = "mask.nii.gz"
 
 
 class BlobStore:
-    """`<root>/<job id>/input/<modality>.nii[.gz]` and `<root>/<job id>/output/mask.nii.gz`.
+    """`<root>/<job id>/input/<modality>.nii.gz` and `<root>/<job id>/output/mask.nii.gz`.
 
     A folder whose name starts with a dot is being filled or being deleted; one without is whole. Both changes are one
     rename, so a reader sees all of a job's files or none. Methods raise `OSError` as the file system does.
@@ -62,11 +61,3 @@ class BlobStore:
 
     def _incoming(self, job_id: str) -> Path:
         return self.root / f".incoming-{job_id}"
-
-
-def input_files(modalities: Sequence[str], compressed: Sequence[bool]) -> tuple[InputFile, ...]:
-    """Names on the store for the given modalities."""
-    return tuple(
-        InputFile(modality=name, filename=f"{name}.nii.gz" if gz else f"{name}.nii")
-        for name, gz in zip(modalities, compressed, strict=True)
-    )

@@ -44,6 +44,8 @@ class ScanError(Exception):
 
 def size_of(head: bytes) -> int | None:
     """Bytes of the header that starts with these (at least 4), by its first word; None if it is none of NIfTI's."""
+    if len(head) < 4:
+        return None
     words = (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
     return next((size for size in (NIFTI1, NIFTI2) if size in words), None)
 

@@ -198,7 +198,7 @@ def _compare(data: bytes, volume: Volume) -> None:
     plain = igzip.decompress(data) if data[:2] == GZIP else data
     kind = nib.Nifti1Image if plain[344:347] == b"n+1" else nib.Nifti2Image
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), nib.imageglobals.LoggingOutputSuppressor():
             image = kind.from_bytes(plain)
             voxels = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])
     except Exception:  # nibabel also reads what the intake passes over: extensions, trailing bytes

@@ -6,7 +6,7 @@ from serving import serving
 
 from benchmarks import fuzz_intake as fuzz
 
-FILES = 2000
+FILES = 1500
 
 
 def test_damaged_files_are_refused_or_scrubbed_and_never_break_the_service(settings, tiny):

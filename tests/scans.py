@@ -44,12 +44,12 @@ def scan(modality="flair", shape=SHAPE, **changes):
     return nifti_gz(image(head(modality, shape), **changes))
 
 
-def edited(data: bytes, **fields) -> bytes:
+def edited(data: bytes, kind=nib.Nifti1Header, **fields) -> bytes:
     """The bytes of a .nii file with header fields changed behind nibabel's back."""
-    header = nib.Nifti1Header.from_fileobj(io.BytesIO(data), check=False)
+    header = kind.from_fileobj(io.BytesIO(data), check=False)
     for name, value in fields.items():
         header[name] = value
-    return header.binaryblock + data[348:]
+    return header.binaryblock + data[header.sizeof_hdr :]
 
 
 def write(folder: Path, modalities, **changes) -> dict[str, Path]:

@@ -7,11 +7,11 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from app.jobs.record import InputFile, Job
+from app.jobs.record import Job
 
 INCOMING, DOOMED = ".incoming-", ".deleted-"
 _ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -89,11 +89,3 @@ class BlobStore:
 
     def _incoming(self, job_id: str) -> Path:
         return self.root / f"{INCOMING}{job_id}"
-
-
-def input_files(modalities: Sequence[str], compressed: Sequence[bool]) -> tuple[InputFile, ...]:
-    """Names on the store for the given modalities."""
-    return tuple(
-        InputFile(modality=name, filename=f"{name}.nii.gz" if gz else f"{name}.nii")
-        for name, gz in zip(modalities, compressed, strict=True)
-    )

@@ -9,6 +9,10 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 MAX_PARTS = 64
+MAX_HEADERS = 8
+"""Of one part. Browsers and libraries send one to three."""
+MAX_HEADER_BYTES = 4096
+"""Of one header, name and value: a file name has 255 bytes at most."""
 
 
 class MalformedFormError(ValueError):
@@ -55,6 +59,7 @@ class Form:
         self._value = bytearray()
         self._disposition = ""
         self._parts = 0
+        self._headers = 0
         self._ended = False
         try:
             self._parser = MultipartParser(
@@ -88,17 +93,28 @@ class Form:
 
     def _part_begin(self) -> None:
         self._parts += 1
+        self._headers = 0
         self._disposition = ""
         if self._parts > MAX_PARTS:
             raise MalformedFormError(f"the form has more than {MAX_PARTS} parts")
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._bound_header(end - start)
         self._header += data[start:end]
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._bound_header(end - start)
         self._value += data[start:end]
 
+    def _bound_header(self, more: int) -> None:
+        # The parser has bounds of its own, but not in all the versions that will do.
+        if len(self._header) + len(self._value) + more > MAX_HEADER_BYTES:
+            raise MalformedFormError(f"a part has a header of more than {MAX_HEADER_BYTES} bytes")
+
     def _header_end(self) -> None:
+        self._headers += 1
+        if self._headers > MAX_HEADERS:
+            raise MalformedFormError(f"a part has more than {MAX_HEADERS} headers")
         if bytes(self._header).lower() == b"content-disposition":
             self._disposition = self._value.decode("latin-1")
         self._header.clear()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import hashlib
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import anyio
 from anyio.to_thread import run_sync
@@ -16,10 +18,15 @@ from fastapi import Request
 
 from app.jobs.cards import CardError, ModelCard
 from app.jobs.record import InputFile
-from app.jobs.scan import Scan, ScanError, check, check_same_field_of_view, magic
+from app.jobs.scan import Scan, check, check_same_field_of_view, magic
+from app.jobs.scan_header import ScanError
+from app.jobs.settings import Settings
 from app.web.multipart import Form, MalformedFormError, PartBegins, PartData, boundary
 from app.web.problems import Problem
 from app.web.service import Service
+
+if TYPE_CHECKING:
+    from _hashlib import HASH
 
 T = TypeVar("T")
 
@@ -35,6 +42,8 @@ class Received:
 
     field: str
     path: Path
+    sha256: HASH = dataclasses.field(default_factory=hashlib.sha256)
+    """Of the bytes so far."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Accepted:
     model: str
     card: ModelCard
     inputs: tuple[InputFile, ...]
-    fingerprint: str = ""
+    fingerprint: str
+    """Hex SHA-256 of what was sent: equal for the same model and the same bytes as the same modalities in order."""
 
 
 async def receive(request: Request, service: Service, folder: Path) -> Accepted:
@@ -69,6 +79,7 @@ async def receive(request: Request, service: Service, folder: Path) -> Accepted:
                     await upload.data(event.data)
                 else:
                     await upload.end()
+        return await upload.accept()
     except MalformedFormError as error:
         raise Problem("malformed-multipart", str(error), "Send the form with a library rather than by hand.") from error
     except OSError as error:
@@ -78,7 +89,6 @@ async def receive(request: Request, service: Service, folder: Path) -> Accepted:
     finally:
         with anyio.CancelScope(shield=True):
             await upload.close()
-    return await upload.accept()
 
 
 class _Upload:
@@ -181,10 +191,8 @@ class _Upload:
         scans: list[tuple[str, Scan]] = []
         inputs: list[InputFile] = []
         for modality, received in files.items():
-            scan = await self._check(received)
-            filename = f"{modality}.nii.gz" if scan.compressed else f"{modality}.nii"
-            await self._write(partial(received.path.rename, self._folder / filename))
-            scans.append((modality, scan))
+            filename = f"{modality}.nii.gz"
+            scans.append((modality, await self._check(received, filename)))
             inputs.append(InputFile(modality=modality, filename=filename))
         astray = check_same_field_of_view(scans, self._limits.min_overlap)
         if astray is not None:
@@ -195,11 +203,12 @@ class _Upload:
                 "Send images of one session; register them to each other if their headers disagree.",
                 field=_short(other),
             )
-        return Accepted(name, card, tuple(inputs))
+        return Accepted(name, card, tuple(inputs), _fingerprint(name, files))
 
-    async def _check(self, received: Received) -> Scan:
+    async def _check(self, received: Received, filename: str) -> Scan:
+        clean = self._folder / filename
         try:
-            return await run_sync(check, received.path, self._limits, limiter=self._service.checking)
+            return await run_sync(_exchange, received.path, clean, self._limits, limiter=self._service.checking)
         except ScanError as error:
             raise _scan_problem(received.field, error) from error
 
@@ -246,6 +255,7 @@ class _Upload:
 
     async def _flush(self) -> None:
         assert self._file is not None
+        file, received = self._file, self._received[-1]
         if not self._buffer:
             return
         data = bytes(self._buffer)
@@ -255,7 +265,12 @@ class _Upload:
             except ScanError as error:
                 raise _scan_problem(self._field, error) from error
         self._buffer.clear()
-        await self._write(partial(self._file.write, data))
+
+        def write() -> None:
+            file.write(data)
+            received.sha256.update(data)
+
+        await self._write(write)
 
     async def _write(self, call: Callable[[], T]) -> T:
         return await run_sync(call, limiter=self._service.writing)
@@ -263,6 +278,18 @@ class _Upload:
     @property
     def _field(self) -> str:
         return _short(self._part.name) if self._part else ""
+
+
+def _exchange(sent: Path, clean: Path, limits: Settings) -> Scan:
+    """Check a file, and put its clean copy in its place. Raises `ScanError` and `OSError`."""
+    scan = check(sent, clean, limits)
+    sent.unlink()
+    return scan
+
+
+def _fingerprint(model: str, files: dict[str, Received]) -> str:
+    sent = [model, [[modality, received.sha256.hexdigest()] for modality, received in files.items()]]
+    return hashlib.sha256(json.dumps(sent).encode()).hexdigest()
 
 
 def _scan_problem(field: str, error: ScanError) -> Problem:

@@ -69,7 +69,7 @@ def test_an_accepted_job(api, served):
         "cases": 3,
         "dice": {"WT": 0.5, "TC": 0.25, "ET": None},
     }
-    assert [p.name for p in (served.store / second["id"] / "input").iterdir()] == ["flair.nii"]
+    assert [p.name for p in (served.store / second["id"] / "input").iterdir()] == ["flair.nii.gz"]
 
 
 def test_a_blank_choice_of_a_browser_is_no_file(api):

@@ -1,13 +1,18 @@
 """Uploads that will not do: each has its status, its problem document, and nothing of it stays on the store."""
 
 import gzip
+import io
 import socket
 import time
+import zipfile
+from pathlib import Path
 
 import httpx
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
+from isal import igzip
 from live_stack import running_stack
 from scans import UNIT, edited, head, image, nifti, nifti_gz, scan
 
@@ -28,12 +33,30 @@ def rgb():
     return nifti(nib.Nifti1Image(np.ones((16, 16, 16), dtype), UNIT))
 
 
+def zipped():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("scan.nii", NII)
+    return file.getvalue()
+
+
 # name: (parts, status, kind of problem, field at fault)
 FILES = {
     "no file at all": ([], 422, "no-images", None),
     "an empty file": ([("flair", b"")], 422, "empty-file", "flair"),
     "text": ([("flair", b"these are no voxels")], 415, "not-nifti", "flair"),
     "a picture": ([("t1", b"\x89PNG\r\n\x1a\n" + bytes(500))], 415, "not-nifti", "t1"),
+    "a DICOM file": ([("t1", bytes(128) + b"DICM" + bytes(500))], 415, "not-nifti", "t1"),
+    "a zip file": ([("t1", zipped())], 415, "not-nifti", "t1"),
+    "three bytes": ([("t1", NII[:3])], 415, "not-nifti", "t1"),
+    "a header alone": ([("t1", NII[:348])], 422, "truncated", "t1"),
+    "gzip in gzip": ([("t1", gzip.compress(GOOD))], 415, "not-nifti", "t1"),
+    "an extension that lies": (
+        [("t1", edited(NII[:348] + b"\1" + b"\xff" * 67 + NII[352:], vox_offset=416))],
+        422,
+        "bad-header",
+        "t1",
+    ),
     "gzipped text": ([("t1", gzip.compress(b"no voxels here " * 50))], 415, "not-nifti", "t1"),
     "half of a pair": ([("t2", edited(NII, magic=b"ni1\0"))], 415, "two-files", "t2"),
     "an Analyze file": ([("t2", edited(NII, magic=bytes(4)))], 415, "not-nifti", "t2"),
@@ -120,6 +143,55 @@ def test_a_bad_upload(strict, name):
     assert_refused(strict, response, status, kind, field)
 
 
+def peak(stack):
+    """Bytes of the API's process when it had most. Linux tells it in kB."""
+    (api,) = [p for p in psutil.Process(stack.process.pid).children() if {"app.cli", "api"} <= set(p.cmdline())]
+    (line,) = [w for w in Path(f"/proc/{api.pid}/status").read_text().splitlines() if w.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+def test_a_bomb_of_a_gigabyte_takes_no_memory(strict):
+    """1 GiB of zeros is 1 MB as sent, in 257 gzip members; the API grows by some chunks, not by the limit."""
+    bomb = gzip.compress(NII) + igzip.compress(bytes(4 << 20)) * 256
+    assert len(bomb) < 4 << 20
+    before = peak(strict)
+    response = strict.http.post("/segment", files={"flair": ("a", bomb)})
+    assert_refused(strict, response, 413, "too-large-uncompressed", "flair")
+    assert peak(strict) - before < 24 << 20
+
+
+ODD = {
+    "up the tree": b"../../etc/passwd",
+    "with a zero": b"flair\x00",
+    "with a line's end": b"flair%0d%0aSet-Cookie: a=b",
+    "not UTF-8": b"\xff\xfe",
+    "of 3 kB": b"n" * 3000,
+    "of 10 kB": b"n" * 10_000,
+    "with a tag": b"<script>alert(1)</script>",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_name(strict, name):
+    """Of a field it is refused, of a file it is not looked at. What is long is no header any more."""
+    for field, file, kind in ((ODD[name], b"a", "unknown-field"), (b"flair", ODD[name], None)):
+        head = b'--b\r\nContent-Disposition: form-data; name="' + field + b'"; filename="' + file + b'"\r\n\r\n'
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        response = strict.http.post("/segment", content=head + GOOD + b"\r\n--b--\r\n", headers=headers)
+        if len(ODD[name]) > 4096:
+            assert_refused(strict, response, 400, "malformed-multipart", None)
+        elif kind:
+            shown = response.json()["field"]
+            assert len(shown) <= 64
+            assert_refused(strict, response, 422, kind, shown)
+        else:
+            assert response.status_code == 202
+            (input_file,) = (strict.store / response.json()["id"] / "input").iterdir()
+            assert input_file.name == "flair.nii.gz"
+            assert strict.http.delete(response.json()["links"]["self"]).status_code == 204
+            until(lambda: strict.on_store() == [])
+
+
 def test_a_model_that_is_not_there(strict):
     for name in ("nobody", "../tiny", "x" * 200):
         response = strict.http.post("/segment", files={"flair": ("a", GOOD)}, data={"model": name})
@@ -140,6 +212,16 @@ def test_a_model_that_is_not_there(strict):
             "malformed-multipart",
         ),
         (b"--b\r\n\r\n" + GOOD + b"\r\n--b--\r\n", None, 400, "malformed-multipart"),
+        (b"--b\r\nX-A: " + b"a" * (4 << 20), None, 400, "malformed-multipart"),
+        (b"\r\n" * (2 << 20), None, 400, "malformed-multipart"),
+        (b"\r\n" * (5 << 20), None, 413, "too-large"),
+        (b"x" * (5 << 20), None, 400, "malformed-multipart"),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="t1"; filename=""\r\n\r\n\r\n' * 65,
+            None,
+            400,
+            "malformed-multipart",
+        ),
     ],
 )
 def test_a_body_that_is_no_form(strict, content, content_type, status, kind):

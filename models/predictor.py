@@ -117,13 +117,11 @@ class Predictor:
         """The same network on the same device in less memory: one window at a time, half as large along each axis where
         the backbone can and trained patches have more than its least. Masks of smaller windows differ a little."""
         entry = BACKBONES[self._checkpoint.card.backbone]
-        window = self.window
-        if not entry.fixed:
-            least = 2 * entry.divisor
-            window = tuple(min(n, max(least, n // 2 // entry.divisor * entry.divisor)) for n in window)  # type: ignore[assignment]
-        return Predictor(
-            self._checkpoint, self.device, overlap=self.overlap, window=window, precision=self.precision, batch=1
-        )
+        least = 2 * entry.divisor
+        smaller = [min(n, max(least, n // 2 // entry.divisor * entry.divisor)) for n in self.window]
+        window = None if entry.fixed else smaller
+        overlap, precision = self.overlap, self.precision
+        return Predictor(self._checkpoint, self.device, overlap=overlap, window=window, precision=precision, batch=1)
 
     def segment(self, files: Mapping[str, Path | Volume], on_progress: Progress | None = None) -> Segmentation:
         """Segment a patient from any non-empty subset of modalities.

@@ -6,9 +6,11 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_checkpoint
 import torch
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from own_redis import running
@@ -21,6 +23,7 @@ from app.jobs.record import InputFile, Job, JobState, new_id
 from app.jobs.store import JobOverError, JobStore
 from models.checkpoint import Checkpoint
 from models.predictor import Predictor
+from models.task import Task
 from worker.checkpoints import Checkpoints, pick_device
 from worker.task import Desk
 from worker.task import run as run_by
@@ -77,8 +80,6 @@ def test_a_job_succeeds_with_the_predictors_own_mask(desk, tiny):
 def test_the_model_is_loaded_once_and_anew_when_its_weights_change(desk, tiny):
     first = desk.checkpoints.get("tiny")
     assert desk.checkpoints.get("tiny") is first
-    import tiny_checkpoint
-
     tiny_checkpoint.make(desk.settings.models / "tiny", seed=1)
     again = desk.checkpoints.get("tiny")
     assert again[0] != first[0]
@@ -243,6 +244,51 @@ def test_a_redis_that_ends_during_a_job_leaves_the_message(desk, tmp_path):
         ender.join()
         assert caught.value.requeue
         assert there.blobs.inputs(job)["t2"].is_file()
+
+
+class Cramped:
+    """A network on a device whose memory holds windows of so many voxels along an axis and no larger ones."""
+
+    def __init__(self, network, most):
+        self._network = network
+        self._most = most
+
+    def encode(self, windows, mask):
+        if windows.shape[-1] > self._most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._network.encode(windows, mask)
+
+    def __getattr__(self, name):
+        return getattr(self._network, name)
+
+
+@pytest.mark.parametrize("most", [16, 8])
+def test_out_of_memory_is_tried_once_more_in_smaller_windows(desk, monkeypatch, most):
+    task = Task.load("glioma")
+    task = Task.model_validate(task.model_dump() | {"patch_size": (32,) * 3, "min_crop": 32})
+    tiny_checkpoint.make(desk.settings.models / "roomy", task=task)
+    _, predictor = desk.checkpoints.get("roomy")
+    assert (predictor.window, predictor.leaner().window) == ((32, 32, 32), (16, 16, 16))
+    for each in (predictor, smaller := predictor.leaner()):
+        monkeypatch.setattr(each, "_network", Cramped(each._network, most))
+    monkeypatch.setattr(predictor, "leaner", lambda: smaller)
+    job = add(desk, model="roomy", t2=scan("t2"))
+    run(job.id, desk)
+    done = desk.jobs.get(job.id)
+    assert done.attempts == 1
+    if most == 16:
+        assert done.state is JobState.SUCCEEDED
+        assert "windows of 16 x 16 x 16 voxels" in done.warnings[0]
+    else:
+        assert (done.state, done.error.kind) == (JobState.FAILED, "out-of-memory")
+        assert not list(desk.blobs.mask(done).parent.iterdir())
+
+
+@pytest.mark.parametrize("backbone", ["mmformer", "m2ftrans"])
+def test_networks_whose_windows_are_fixed_get_by_with_one_at_a_time(tiny, backbone):
+    checkpoint = Checkpoint.load(tiny)
+    checkpoint = replace(checkpoint, card=checkpoint.card.model_copy(update={"backbone": backbone}))
+    assert Predictor(checkpoint).leaner().window == checkpoint.card.task.patch_size
 
 
 def test_a_job_started_too_often_is_given_up(desk):

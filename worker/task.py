@@ -20,6 +20,7 @@ from app.jobs.settings import Settings
 from app.jobs.store import JobOverError, JobStore, UnknownJobError
 from worker.celery_app import app, settings
 from worker.checkpoints import Checkpoints
+from worker.gpu import tell_memory
 from worker.progress import Progress
 from worker.reasons import out_of_memory, reason, something_wrong, time_limit_reached
 from worker.signs import SignsOfLife
@@ -59,6 +60,7 @@ def segment(self: Any, job_id: str) -> None:
     desk, worker = _desk(), str(self.request.hostname)
     try:
         run(job_id, desk, worker)
+        tell_memory(worker, desk.settings)
     except Reject:
         raise
     except Exception as error:

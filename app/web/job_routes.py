@@ -24,6 +24,7 @@ from app.web.problems import Problem, problems_of, unavailable
 from app.web.resources import JobList, JobResource
 from app.web.service import Here, Service
 from app.web.upload import Accepted, receive
+from app.web.watch import watched
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger("app.web")
@@ -51,6 +52,7 @@ _UPLOAD_PROBLEMS = [
     "/segment",
     status_code=202,
     response_model=JobResource,
+    dependencies=[Depends(watched)],
     responses={
         202: {
             "description": "Accepted: poll the job until its state is final.",
@@ -67,6 +69,7 @@ async def segment(
     await run_sync(_room, service, "" if idempotency else caller, bool(idempotency))  # better now than after the upload
     job_id = new_id()
     structlog.contextvars.bind_contextvars(job_id=job_id)
+    log.info("upload begins")
     try:
         folder = await run_sync(service.blobs.incoming, job_id, limiter=service.writing)
         accepted = await receive(request, service, folder)

@@ -1,0 +1,25 @@
+"""`watched`: an upload as those see it who watch the service: how many there are, and why they are refused."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import structlog
+from redis import RedisError
+
+from app.web.problems import Problem
+from app.web.service import Here
+
+log = structlog.get_logger("app.web")
+
+
+async def watched(service: Here) -> AsyncIterator[None]:
+    """Around the route that receives uploads."""
+    with service.meters.uploads_in_flight.track_inprogress():
+        try:
+            yield
+        except (Problem, RedisError) as error:
+            kind = error.kind if isinstance(error, Problem) else "unavailable"
+            service.meters.refused(kind)
+            log.info("upload refused", kind=kind)
+            raise

@@ -9,6 +9,7 @@ import structlog
 
 from app.jobs.record import Job
 from app.jobs.store import JobStore
+from app.jobs.traces import stage_ended
 
 SHARES = {"loading": (0.0, 10.0), "normalising": (10.0, 15.0), "segmenting": (15.0, 95.0), "restoring": (95.0, 99.0)}
 """Where each stage begins and ends in per cent. Segmenting is nearly all of the time."""
@@ -48,4 +49,5 @@ class Progress:
         if self._stage:
             self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + at - self._since, 4)
             log.info("stage ended", stage=self._stage, seconds=round(at - self._since, 4))
+            stage_ended(self._stage, at - self._since)
         self._stage, self._since = stage, at

@@ -107,6 +107,9 @@ class Job(_Record):
     idempotency: str = ""
     """SHA-256 of the sender's Idempotency-Key, if there was one."""
 
+    trace: str = ""
+    """W3C traceparent of the request that sent it, where traces are collected."""
+
     created: datetime = Field(default_factory=now)
     queued: datetime = Field(default_factory=now)
     """When it last came into the queue: at first, and again when its worker was lost."""

@@ -51,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         housekeeping.stop()
         service.queue.close()
+        service.traces.close()
         log.info("api stopped")
 
     app = FastAPI(title="PASSION Seg", version=version(), description=DESCRIPTION, lifespan=lifespan)

@@ -18,6 +18,7 @@ from app.jobs.admission import KeyReusedError, QueueFullError, TooManyJobsError
 from app.jobs.queue import QueueError
 from app.jobs.record import Job, JobState, LabelName, new_id
 from app.jobs.store import JobOverError, UnknownJobError
+from app.jobs.traces import note, traceparent
 from app.web.auth import Caller
 from app.web.events import events_of, stream_slot
 from app.web.problems import Problem, problems_of, unavailable
@@ -80,6 +81,7 @@ async def segment(
         with anyio.CancelScope(shield=True):  # the sender may have hung up: nothing stays all the same
             await run_sync(service.blobs.delete, job_id, limiter=service.writing)
         raise
+    note(job_id=job.id, model=job.model, modalities=len(job.inputs), state=job.state)
     log.info("job accepted", job_id=job.id, model=job.model, modalities=len(job.inputs), repeated=job.id != job_id)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobResource.of(job, await run_sync(service.jobs.position, job.id))
@@ -141,6 +143,7 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
         owner=owner,
         fingerprint=accepted.fingerprint,
         idempotency=idempotency,
+        trace=traceparent(),
     )
 
 

@@ -17,6 +17,7 @@ from app.jobs.queue import JobQueue
 from app.jobs.settings import Settings
 from app.jobs.store import JobStore
 from app.jobs.tally import Tally
+from app.jobs.traces import Traces
 from app.web.meters import Meters
 
 
@@ -33,6 +34,7 @@ class Service:
     tally: Tally
     gpus: Gpus
     meters: Meters
+    traces: Traces
     writing: anyio.CapacityLimiter
     """Threads that write uploads. Their own, so that a reader of a job never waits behind fifty uploads."""
     checking: anyio.CapacityLimiter
@@ -56,6 +58,7 @@ class Service:
             tally=Tally(client),
             gpus=Gpus(client),
             meters=Meters(),
+            traces=Traces("passion-api"),
             writing=anyio.CapacityLimiter(16),
             checking=anyio.CapacityLimiter(settings.checks),
             looking=anyio.CapacityLimiter(4),

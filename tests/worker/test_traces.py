@@ -14,6 +14,7 @@ from serving import serving
 from app.jobs.blobs import BlobStore
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import connect
+from app.jobs.logs import configure
 from app.jobs.store import JobStore
 from app.jobs.traces import ENDPOINT, Traces
 from worker.checkpoints import Checkpoints
@@ -100,7 +101,8 @@ def test_a_collector_that_is_away_holds_nobody_up(monkeypatch):
     traces.close()
 
 
-def test_without_the_package_one_line_says_so(monkeypatch, caplog):
+def test_without_the_package_one_line_says_so(settings, monkeypatch, caplog):
+    configure(settings)
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with Traces("passion-api").span("POST /segment"):

@@ -68,7 +68,7 @@ class Expectation(_Record):
     """Mean Dice per region, 0..1; None where it is undefined."""
 
 
-ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import structlog
+
 from app.jobs.record import Job
 from app.jobs.store import JobStore
+from app.jobs.traces import stage_ended
 
 SHARES = {"loading": (0.0, 10.0), "normalising": (10.0, 15.0), "segmenting": (15.0, 95.0), "restoring": (95.0, 99.0)}
 """Where each stage begins and ends in per cent. Segmenting is nearly all of the time."""
 
 INTERVAL = 0.5
+
+log = structlog.get_logger("worker")
 
 
 class Progress:
@@ -43,4 +48,6 @@ class Progress:
         at = self._clock()
         if self._stage:
             self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + at - self._since, 4)
+            log.info("stage ended", stage=self._stage, seconds=round(at - self._since, 4))
+            stage_ended(self._stage, at - self._since)
         self._stage, self._since = stage, at

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import structlog
+from celery import signals
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from redis import RedisError
 
@@ -18,8 +19,10 @@ from app.jobs.queue import TASK
 from app.jobs.record import Failure, Job, JobState
 from app.jobs.settings import Settings
 from app.jobs.store import JobOverError, JobStore, UnknownJobError
+from app.jobs.traces import Traces, note
 from worker.celery_app import app, settings
 from worker.checkpoints import Checkpoints
+from worker.gpu import tell_memory
 from worker.progress import Progress
 from worker.reasons import out_of_memory, reason, something_wrong, time_limit_reached
 from worker.signs import SignsOfLife
@@ -37,6 +40,7 @@ class Desk:
     """For signs of life: what is late is worth nothing, so its connection has no patience."""
     blobs: BlobStore
     checkpoints: Checkpoints
+    traces: Traces = field(default_factory=lambda: Traces("passion-worker"))
 
 
 @cache
@@ -51,6 +55,12 @@ def _desk() -> Desk:
     )
 
 
+@signals.worker_process_shutdown.connect
+def _send_last_traces(**_: Any) -> None:
+    if _desk.cache_info().currsize:
+        _desk().traces.close()
+
+
 @app.task(name=TASK, bind=True, Request="worker.request:SegmentRequest")
 def segment(self: Any, job_id: str) -> None:
     """Celery's entry. May be called more than once for a job: only a job that nobody works on is worked on."""
@@ -59,6 +69,7 @@ def segment(self: Any, job_id: str) -> None:
     desk, worker = _desk(), str(self.request.hostname)
     try:
         run(job_id, desk, worker)
+        tell_memory(worker, desk.settings)
     except Reject:
         raise
     except Exception as error:
@@ -72,7 +83,13 @@ def run(job_id: str, desk: Desk, worker: str) -> None:
     if job is None:
         log.info("nothing to do")
         return
-    log.info("job started", attempt=job.attempts, model=job.model, modalities=len(job.inputs))
+    of: dict[str, str | int] = {"attempt": job.attempts, "model": job.model, "modalities": len(job.inputs)}
+    log.info("job started", **of)
+    with desk.traces.span("segment", job.trace, job_id=job.id, **of):
+        _attempt(job, desk)
+
+
+def _attempt(job: Job, desk: Desk) -> None:
     try:
         with SignsOfLife(desk.signs, job, desk.settings.lease):
             _segment(job, desk)
@@ -117,6 +134,7 @@ def _segment(job: Job, desk: Desk) -> None:
     segmentation.save(mask)
     progress.stage("")
     done = desk.jobs.succeed(job, segmentation.volumes_ml, weights, seconds=progress.seconds, warnings=warnings)
+    note(state=done.state)
     log.info("job succeeded", seconds=progress.seconds, attempts=done.attempts)
 
 
@@ -127,6 +145,7 @@ def _fail(job: Job, desk: Desk, failure: Failure) -> None:
     except JobOverError:
         _stop(job, desk)
         return
+    note(state=JobState.FAILED, failure=failure.kind)
     log.warning("job failed", kind=failure.kind, reference=failure.reference)
 
 
@@ -135,12 +154,14 @@ def _release(job: Job, desk: Desk) -> None:
         desk.jobs.release(job)
     except (JobOverError, RedisError):
         return
+    note(state=JobState.QUEUED)
     log.info("job put back in the queue: the worker stops")
 
 
 def _stop(job: Job, desk: Desk) -> None:
     """Leave a job that was cancelled, or started again elsewhere. A cancelled job's files are gone already, but for
     what was just written."""
+    note(state="stopped")
     log.info("job stopped: it is no longer this run's")
     try:
         cancelled = desk.jobs.get(job.id).state is JobState.CANCELLED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 from types import TracebackType
@@ -10,6 +11,8 @@ from types import TracebackType
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from app.jobs.queue import TASK
+from app.jobs.record import ID
 from app.jobs.settings import Settings
 
 SHARED: list[Processor] = [
@@ -18,6 +21,18 @@ SHARED: list[Processor] = [
     structlog.stdlib.add_logger_name,
     structlog.processors.TimeStamper(fmt="iso", utc=True),
 ]
+
+
+OF_TASK = re.compile(rf"{re.escape(TASK)}\[({ID.pattern})\]")
+"""How Celery names a task in its own words; the id of ours is the job's."""
+
+
+def _job_of_celery(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    """Celery's lines about a job are found by its id, as ours are."""
+    found = OF_TASK.search(str(event["event"]))
+    if found:
+        event["job_id"] = found[1]
+    return event
 
 
 def _frames(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
@@ -41,7 +56,7 @@ def configure(settings: Settings) -> None:
     handler.set_name("passion")
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=SHARED,
+            foreign_pre_chain=[*SHARED, _job_of_celery],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _frames,

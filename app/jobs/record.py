@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -67,6 +68,7 @@ class Expectation(_Record):
     """Mean Dice per region, 0..1; None where it is undefined."""
 
 
+ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -78,6 +80,11 @@ def now() -> datetime:
 def new_id() -> str:
     """A job id: 122 random bits, so that nobody guesses another's."""
     return str(uuid.uuid4())
+
+
+def is_id(text: str) -> bool:
+    """Whether a text has the form of an id, and so holds nothing else, such as a name."""
+    return ID.fullmatch(text) is not None
 
 
 class Job(_Record):
@@ -99,6 +106,9 @@ class Job(_Record):
     """SHA-256 of the model's name and of what was sent, so that a repeated request is told from another one."""
     idempotency: str = ""
     """SHA-256 of the sender's Idempotency-Key, if there was one."""
+
+    trace: str = ""
+    """W3C traceparent of the request that sent it, where traces are collected."""
 
     created: datetime = Field(default_factory=now)
     queued: datetime = Field(default_factory=now)

@@ -15,9 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.jobs.cards import CardError, ModelCard
 from app.jobs.logs import configure
+from app.jobs.record import is_id
 from app.jobs.settings import Settings
-from app.web import job_routes, problems
+from app.web import job_routes, metrics, problems
 from app.web.housekeeping import Housekeeping
+from app.web.meters import Meters
 from app.web.problems import ProblemDocument, problems_of
 from app.web.resources import NOTICE
 from app.web.routes import router
@@ -51,12 +53,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         housekeeping.stop()
         service.queue.close()
+        service.traces.close()
         log.info("api stopped")
 
     app = FastAPI(title="PASSION Seg", version=version(), description=DESCRIPTION, lifespan=lifespan)
     app.state.service = service
     app.include_router(job_routes.router)
     app.include_router(router)
+    app.include_router(metrics.router)
     problems.install(app)
     # FastAPI documents replacing this method as the way to change its description; to a type checker it is a method.
     app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
@@ -65,14 +69,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def create_asgi(settings: Settings | None = None) -> ASGIApp:
     """The application as a server runs it. Around it goes what must see every answer, that of an error of ours too."""
-    return UnreadBody(RequestLog(create_app(settings)))
+    app = create_app(settings)
+    return UnreadBody(RequestLog(app, app.state.service.meters))
 
 
 class RequestLog:
-    """One log line per request: the route's pattern rather than the address, which holds the key to a job."""
+    """One log line per request, and its place in the counts: the route's pattern rather than the address, where a
+    client may write what it likes."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, meters: Meters) -> None:
         self._app = app
+        self._meters = meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -88,13 +95,23 @@ class RequestLog:
                 status = message["status"]
             await send(message)
 
+        async def count() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                self._meters.received(len(message.get("body", b"")))
+            return message
+
         try:
-            await self._app(scope, receive, watch)
+            await self._app(scope, count, watch)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            if route not in {"/livez", "/readyz"}:
-                milliseconds = round(1000 * (time.perf_counter() - start), 1)
-                log.info("request", method=scope["method"], route=route, status=status, ms=milliseconds)
+            seconds = time.perf_counter() - start
+            self._meters.answered(scope["method"], route, status, seconds)
+            if route not in {"/livez", "/readyz", "/metrics"}:
+                job = {"job_id": job_id} if is_id(job_id := scope.get("path_params", {}).get("job_id", "")) else {}
+                log.info(
+                    "request", method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 1), **job
+                )
 
 
 def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:

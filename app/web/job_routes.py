@@ -18,12 +18,14 @@ from app.jobs.admission import KeyReusedError, QueueFullError, TooManyJobsError
 from app.jobs.queue import QueueError
 from app.jobs.record import Job, JobState, LabelName, new_id
 from app.jobs.store import JobOverError, UnknownJobError
+from app.jobs.traces import note, traceparent
 from app.web.auth import Caller
 from app.web.events import events_of, stream_slot
 from app.web.problems import Problem, problems_of, unavailable
 from app.web.resources import JobList, JobResource
 from app.web.service import Here, Service
 from app.web.upload import Accepted, receive
+from app.web.watch import watched
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger("app.web")
@@ -51,6 +53,7 @@ _UPLOAD_PROBLEMS = [
     "/segment",
     status_code=202,
     response_model=JobResource,
+    dependencies=[Depends(watched)],
     responses={
         202: {
             "description": "Accepted: poll the job until its state is final.",
@@ -67,6 +70,7 @@ async def segment(
     await run_sync(_room, service, "" if idempotency else caller, bool(idempotency))  # better now than after the upload
     job_id = new_id()
     structlog.contextvars.bind_contextvars(job_id=job_id)
+    log.info("upload begins")
     try:
         folder = await run_sync(service.blobs.incoming, job_id, limiter=service.writing)
         accepted = await receive(request, service, folder)
@@ -75,6 +79,7 @@ async def segment(
             await run_sync(service.blobs.delete, job_id, limiter=service.writing)
         raise
     job = await run_sync(_enqueue, service, _job(job_id, accepted, caller, idempotency))
+    note(job_id=job.id, model=job.model, modalities=len(job.inputs), state=job.state)
     log.info("job accepted", job_id=job.id, model=job.model, modalities=len(job.inputs), repeated=job.id != job_id)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobResource.of(job, await run_sync(service.jobs.position, job.id))
@@ -136,6 +141,7 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
         owner=owner,
         fingerprint=accepted.fingerprint,
         idempotency=idempotency,
+        trace=traceparent(),
     )
 
 

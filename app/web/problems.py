@@ -118,6 +118,7 @@ class Problem(Exception):  # noqa: N818 - the RFC's own word
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
+        self.kind = kind
         self.status = KINDS[kind].status
         self.headers = headers
         self.document = ProblemDocument(

@@ -11,10 +11,14 @@ from fastapi import Depends, Request
 from app.jobs.blobs import BlobStore
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import connect
+from app.jobs.gpu import Gpus
 from app.jobs.presence import Presence
 from app.jobs.queue import JobQueue
 from app.jobs.settings import Settings
 from app.jobs.store import JobStore
+from app.jobs.tally import Tally
+from app.jobs.traces import Traces
+from app.web.meters import Meters
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Service:
     queue: JobQueue
     presence: Presence
     models: ModelShelf
+    tally: Tally
+    gpus: Gpus
+    meters: Meters
+    traces: Traces
     writing: anyio.CapacityLimiter
     """Threads that write uploads. Their own, so that a reader of a job never waits behind fifty uploads."""
     checking: anyio.CapacityLimiter
@@ -47,6 +55,10 @@ class Service:
             queue=JobQueue(settings),
             presence=Presence(client),
             models=ModelShelf(settings.models, settings.default_model),
+            tally=Tally(client),
+            gpus=Gpus(client),
+            meters=Meters(),
+            traces=Traces("passion-api"),
             writing=anyio.CapacityLimiter(16),
             checking=anyio.CapacityLimiter(settings.checks),
             looking=anyio.CapacityLimiter(4),

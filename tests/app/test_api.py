@@ -308,9 +308,26 @@ def test_logs_hold_ids_only(api, caplog):
     job = api.post("/segment", files={"flair": (name, scan())}).json()
     api.post("/segment", files={"flair": (name, b"Jane Doe was here")})
     api.get(f"/jobs/{job['id']}?token=Jane")
+    api.get(f"/jobs/{job['id']}/mask")
+    api.get("/jobs/Jane")
+    api.delete(f"/jobs/{job['id']}")
+    api.get("/livez")  # a line is written after its answer, but before the next request of the connection is read
     lines = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
-    assert any(line.get("job_id") == job["id"] and line["event"] == "job accepted" for line in lines)
-    assert any(line.get("route") == "/jobs/{job_id}" for line in lines)
+    of_job = [
+        (line["event"], line.get("method"), line.get("route")) for line in lines if line.get("job_id") == job["id"]
+    ]
+    assert of_job == [
+        ("upload begins", None, None),
+        ("job accepted", None, None),
+        ("request", "POST", "/segment"),
+        ("request", "GET", "/jobs/{job_id}"),
+        ("request", "GET", "/jobs/{job_id}/mask"),
+        ("job deleted", None, None),
+        ("request", "DELETE", "/jobs/{job_id}"),
+    ]
+    refused = next(line for line in lines if line["event"] == "upload refused")
+    assert refused["kind"] == "not-nifti"
+    assert refused["job_id"] in {line.get("job_id") for line in lines if line.get("status") == 415}
     assert "Jane" not in caplog.text
 
 

@@ -1,9 +1,11 @@
 """A job's life from outside: waiting, running, stopped, killed, out of time."""
 
+import json
 import os
 import re
 import signal
 import time
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -53,6 +55,41 @@ def test_from_queued_to_succeeded_and_deleted(stack, short_scan):
     assert stack.http.get(f"/jobs/{job['id']}").status_code == 404
     assert mask_status(stack, job) == (404, PROBLEM)
     assert stack.http.delete(f"/jobs/{job['id']}").status_code == 404
+
+
+def test_the_log_tells_of_a_job_by_its_id_from_upload_to_deletion(stack, short_scan):
+    job = stack.finished(stack.post({"t2": short_scan}).json())
+    assert mask_status(stack, job)[0] == 200
+    assert stack.http.delete(f"/jobs/{job['id']}").status_code == 204
+    end = time.monotonic() + 10
+    # The last lines of both processes come just after what is seen from outside.
+    while not {"job succeeded", "DELETE"} <= set(chain.from_iterable(lines := log_of(stack, job["id"]))):
+        assert time.monotonic() < end, lines
+        time.sleep(0.05)
+    worker = [line for line in lines if line[0] == "worker" and "model loaded" not in line]
+    assert worker == [
+        ("worker", "job started"),
+        *[("worker", "stage ended", s) for s in ("loading", "normalising", "segmenting", "restoring", "saving")],
+        ("worker", "job succeeded"),
+    ]
+    api = [line for line in lines if line[0] == "app.web" and line[2:] != ("GET", "/jobs/{job_id}")]
+    assert api == [
+        ("app.web", "upload begins"),
+        ("app.web", "job accepted"),
+        ("app.web", "request", "POST", "/segment"),
+        ("app.web", "request", "GET", "/jobs/{job_id}/mask"),
+        ("app.web", "job deleted"),
+        ("app.web", "request", "DELETE", "/jobs/{job_id}"),
+    ]
+
+
+def log_of(stack, job_id):
+    """The lines about a job, in short; one that names it elsewhere than it should is none."""
+    lines = (stack.store.parent / "log").read_text().splitlines()
+    found = [json.loads(line) for line in lines if job_id in line]
+    assert [line for line in found if line.get("job_id") != job_id] == []
+    names = ("logger", "event", "stage", "method", "route")
+    return [tuple(line[name] for name in names if name in line) for line in found]
 
 
 def test_a_running_job_is_stopped_and_a_queued_one_never_begins(stack, long_scan, short_scan):

@@ -16,9 +16,13 @@ from app.jobs.cards import CardError, ModelCard
 from app.jobs.logs import configure
 from app.jobs.settings import Settings
 from app.web import problems
+from app.web.headers import SecurityHeaders
+from app.web.origin import OwnHosts, OwnPages, shared_with
+from app.web.pages import pages
+from app.web.patience import Patience
 from app.web.problems import ProblemDocument
 from app.web.resources import NOTICE
-from app.web.routes import problems_of, router
+from app.web.routes import problems_of, public, router
 from app.web.service import Service
 from app.web.unread import UnreadBody
 from app.web.version import version
@@ -47,9 +51,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         service.queue.close()
         log.info("api stopped")
 
-    app = FastAPI(title="PASSION Seg", version=version(), description=DESCRIPTION, lifespan=lifespan)
+    # The pages about the API are our own: FastAPI's load scripts from elsewhere.
+    app = FastAPI(
+        title="PASSION Seg",
+        version=version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.service = service
     app.include_router(router)
+    app.include_router(public)
+    app.include_router(pages)
     problems.install(app)
     # FastAPI documents replacing this method as the way to change its description; to a type checker it is a method.
     app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
@@ -57,8 +71,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def create_asgi(settings: Settings | None = None) -> ASGIApp:
-    """The application as a server runs it. Around it goes what must see every answer, that of an error of ours too."""
-    return UnreadBody(RequestLog(create_app(settings)))
+    """The application as a server runs it. Around it goes what must see every answer, that of an error of ours too.
+
+    From the outside in: the name it was called by, pages of other origins, and only then routes, which ask for the key.
+    """
+    settings = settings or Settings()
+    app: ASGIApp = Patience(create_app(settings), settings)
+    app = OwnHosts(shared_with(OwnPages(app, settings), settings), settings)
+    return UnreadBody(RequestLog(SecurityHeaders(app)))
 
 
 class RequestLog:

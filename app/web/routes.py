@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import anyio
 import structlog
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import FileResponse
 from redis import RedisError
 
@@ -15,13 +15,14 @@ from app.jobs.cards import CardError, ModelCard
 from app.jobs.queue import QueueError
 from app.jobs.record import Job, JobState, LabelName, new_id
 from app.jobs.store import JobOverError, UnknownJobError
+from app.web.auth import caller
+from app.web.patience import one_upload
 from app.web.problems import KINDS, MEDIA_TYPE, Kind, Problem, ProblemDocument, unavailable
 from app.web.resources import Alive, Index, JobResource, ModelList, ModelResource, Ready
 from app.web.service import Here, Service
 from app.web.upload import Accepted, receive
 from app.web.version import version
 
-router = APIRouter()
 log = structlog.get_logger("app.web")
 
 JobId = Annotated[str, Path(description="As POST /segment answered it.")]
@@ -42,6 +43,11 @@ def problems_of(*kinds: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
+router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized"))
+"""What an API key is asked for."""
+public = APIRouter()
+"""What anybody may read: nothing of it is about a patient."""
+
 _UPLOAD_PROBLEMS = [
     *("malformed-multipart", "not-multipart", "too-large", "no-images", "unknown-field", "duplicate-modality"),
     *("unknown-model", "model-not-chosen", "empty-file", "not-nifti", "two-files", "corrupt-gzip", "truncated"),
@@ -55,7 +61,7 @@ _UPLOAD_PROBLEMS = [
         "too-many-voxels",
     ),
     *("too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full", "unavailable"),
-    "broken-model",
+    *("broken-model", "foreign-origin", "too-slow", "busy"),
 ]
 
 
@@ -70,6 +76,7 @@ _UPLOAD_PROBLEMS = [
         },
         **problems_of(*_UPLOAD_PROBLEMS),
     },
+    dependencies=[Depends(one_upload)],
     tags=["jobs"],
 )
 async def segment(request: Request, response: Response, service: Here) -> JobResource:
@@ -222,13 +229,13 @@ def _card(service: Service, name: str) -> ModelCard | None:
         raise Problem("broken-model", str(error), "The operator must mend the model's card.") from error
 
 
-@router.get("/livez", response_model=Alive, tags=["health"])
+@public.get("/livez", response_model=Alive, tags=["health"])
 def livez() -> Alive:
     """Whether this process answers. Asks nobody else: restarting it would not bring Redis back."""
     return Alive()
 
 
-@router.get("/readyz", response_model=Ready, responses=problems_of("unavailable"), tags=["health"])
+@public.get("/readyz", response_model=Ready, responses=problems_of("unavailable"), tags=["health"])
 def readyz(service: Here) -> Ready:
     """Whether a job sent now would be worked on: Redis answers, a worker consumes the queue, there is a model."""
     try:
@@ -243,7 +250,7 @@ def readyz(service: Here) -> Ready:
     return Ready(workers=workers, models=names)
 
 
-@router.get("/problems/{kind}", response_model=ProblemDocument, responses=problems_of("not-found"), tags=["problems"])
+@public.get("/problems/{kind}", response_model=ProblemDocument, responses=problems_of("not-found"), tags=["problems"])
 def problem(kind: str) -> ProblemDocument:
     """What a kind of problem means: the `type` of a problem document points here."""
     known: Kind | None = KINDS.get(kind)
@@ -252,7 +259,7 @@ def problem(kind: str) -> ProblemDocument:
     return ProblemDocument(type=f"/problems/{kind}", title=known.title, status=known.status, detail=known.title)
 
 
-@router.get("/", response_model=Index, include_in_schema=False)
+@public.get("/", response_model=Index, include_in_schema=False)
 def index() -> Index:
     """Where things are."""
     links = {

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from app.jobs.blobs import BlobStore
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import connect
+from app.jobs.keys import KeyStore
 from app.jobs.presence import Presence
 from app.jobs.queue import JobQueue
 from app.jobs.settings import Settings
@@ -27,6 +28,9 @@ class Service:
     queue: JobQueue
     presence: Presence
     models: ModelShelf
+    keys: KeyStore
+    uploads: anyio.CapacityLimiter
+    """Requests that may be sending images."""
     writing: anyio.CapacityLimiter
     """Threads that write uploads. Their own, so that a reader of a job never waits behind fifty uploads."""
     checking: anyio.CapacityLimiter
@@ -43,6 +47,8 @@ class Service:
             queue=JobQueue(settings),
             presence=Presence(client),
             models=ModelShelf(settings.models, settings.default_model),
+            keys=KeyStore(client),
+            uploads=anyio.CapacityLimiter(settings.uploads),
             writing=anyio.CapacityLimiter(16),
             checking=anyio.CapacityLimiter(settings.checks),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,8 +39,9 @@ class UnreadBody:
 
         async def watched_send(message: Message) -> None:
             if unread and message["type"] == "http.response.start":
-                # Who asks first (Expect: 100-continue) has not begun to send, and must not be told to.
-                if b"expect" not in headers:
+                # Who asks first (Expect: 100-continue) has not begun to send, and must not be told to. Who was too slow
+                # has been waited for enough.
+                if b"expect" not in headers and message["status"] != HTTPStatus.REQUEST_TIMEOUT:
                     await drain()
                 if unread:
                     message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 cli = typer.Typer(
     name="passion-server",
-    help="The segmentation service: start it (up, api, worker), say who may use it (keys), or send it images (segment). "
+    help="The segmentation service: start it (up, api, worker), say who may use it (keys), send it images (segment). "
     "Settings come from PASSION_* variables.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,8 +37,8 @@ def up(host: Host = None, port: Port = None, models: Models = None, store: Store
     """Start all of it: Redis if none is set, the API and one worker. One Ctrl-C stops all.
 
     Prints `PASSION Seg is ready at URL` on standard output when jobs can be sent; logs go to standard error. Without a
-    store, jobs are kept until the service stops; with one, files and records outlive it. Beyond loopback it asks for API
-    keys (`keys create`); without a store, and so without keys that outlive it, it makes one and prints it too.
+    store, jobs are kept until the service stops; with one, files and records outlive it. Beyond loopback it asks for
+    API keys (`keys create`); without a store, and so without keys that outlive it, it makes one and prints it too.
     """
     from app.redis_server import NoRedisError
     from app.stack import StackError, run_stack

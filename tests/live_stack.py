@@ -73,13 +73,14 @@ class Stack:
 
 
 @contextmanager
-def running_stack(folder, models, **environment):
-    """A stack of its own, torn down whatever happens; fails if it leaves a process behind."""
+def running_stack(folder, models, keep=True, **environment):
+    """A stack of its own, torn down whatever happens; fails if it leaves a process behind. `keep`: with a store."""
     store = folder / "store"
+    kept = ["--store", str(store)] if keep else []
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PASSION_") and k != "REDIS_URL"}
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "up", "--port", "0", "--models", str(models), "--store", str(store)],
+        [sys.executable, "-m", "app.cli", "up", "--port", "0", "--models", str(models), *kept],
         env=inherited | {"OMP_NUM_THREADS": "1", "PASSION_STOP_GRACE": "1", "PASSION_DEVICE": "cpu"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

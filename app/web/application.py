@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.jobs.cards import CardError, ModelCard
 from app.jobs.logs import configure
-from app.jobs.settings import Settings
+from app.jobs.settings import Settings, is_loopback
 from app.web import problems
 from app.web.headers import SecurityHeaders
 from app.web.origin import OwnHosts, OwnPages, shared_with
@@ -46,7 +46,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.blobs.open()
-        log.info("api started", models=service.models.names())
+        log.info("api started", models=service.models.names(), keys=settings.guarded)
+        if not settings.guarded and not is_loopback(settings.host):
+            log.warning("no key is asked for, and not only this machine can ask")
         yield
         service.queue.close()
         log.info("api stopped")

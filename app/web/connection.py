@@ -19,8 +19,9 @@ class Connection(H11Protocol):
     every second holds its connection for ever, and so does an answer of which a byte is read every second. Its limit on
     connections answers in plain text and counts health checks in; it is left alone.
 
-    It rests on h11 and not on httptools because h11 also bounds a head's size, and because uploads came no faster with
-    the other.
+    It rests on h11 because that also bounds a head's size, and is Python where the hostile bytes are. httptools with
+    uvloop takes uploads a fifth faster (twenty of 10 MB side by side on two cores: 231 against 192 MB/s), but both are
+    faster than the networks in front of them.
     """
 
     idle_timeout = 30.0

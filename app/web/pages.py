@@ -7,9 +7,10 @@ stranger's code on the origin that holds the scans.
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse
 
 pages = APIRouter(include_in_schema=False)
 
@@ -58,18 +59,18 @@ def start() -> Response:
 
 
 @pages.get("/docs/swagger-ui-bundle.js")
-def script() -> Response:
+def script() -> FileResponse:
     """Swagger UI."""
     return _bundled("swagger-ui-bundle.js", "text/javascript")
 
 
 @pages.get("/docs/swagger-ui.css")
-def style() -> Response:
+def style() -> FileResponse:
     """Its style."""
     return _bundled("swagger-ui.css", "text/css")
 
 
-def _bundled(name: str, media_type: str) -> Response:
+def _bundled(name: str, media_type: str) -> FileResponse:
     # Of fastapi-offline only the files are used: Swagger UI 5, the first major version to read OpenAPI 3.1.
-    data = (files("fastapi_offline") / "static" / name).read_bytes()
-    return Response(data, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
+    path = Path(str(files("fastapi_offline") / "static" / name))
+    return FileResponse(path, media_type=media_type, headers={"Cache-Control": "max-age=86400"})

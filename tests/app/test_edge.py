@@ -37,6 +37,16 @@ def everything(line):
     return answer
 
 
+def problem(line):
+    """What comes until a problem document is complete, which may be long before the server closes."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        data = line.recv(1 << 16)
+        assert data, answer
+        answer += data
+    return answer
+
+
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -184,7 +194,7 @@ def served(settings, tiny):
 def test_a_body_that_does_not_come_is_not_waited_for(served, limits):
     with changed(served, **limits) as api, connection(api) as line:
         line.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + PART)
-        answer = everything(line)
+        answer = problem(line)
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"/problems/too-slow" in answer
     assert b"connection: close" in answer
@@ -195,11 +205,10 @@ def test_a_body_that_comes_in_drops_is_not_waited_for_either(served):
     with changed(served, upload_timeout=0.4) as api, connection(api) as line:
         line.sendall(HEAD + b"Content-Length: 100000\r\n\r\n" + PART)
         with suppress(ConnectionError):
-            for _ in range(60):
+            for _ in range(30):
                 line.sendall(b"x")
                 time.sleep(0.02)
-        line.settimeout(1)
-        assert everything(line).startswith(b"HTTP/1.1 408")
+        assert problem(line).startswith(b"HTTP/1.1 408")
     assert list(served.store.iterdir()) == []
 
 

@@ -16,7 +16,6 @@ from serving import serving
 from typer.testing import CliRunner
 
 from app.cli import cli
-from app.client import Client, ClientError
 from app.jobs.connection import connect
 from app.jobs.keys import KEYS, KeyStore, UnknownKeyError
 from app.jobs.record import now
@@ -134,12 +133,13 @@ def test_the_description_says_what_needs_a_key(guarded):
 
 @pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
 def test_without_a_key_the_body_is_not_waited_for(guarded, expect):
-    with serving(guarded) as api, socket.create_connection((api.base_url.host, api.base_url.port), timeout=10) as line:
+    """Neither the half of it that has not come, nor the whole that was only announced."""
+    with serving(guarded) as api, socket.create_connection((api.base_url.host, api.base_url.port), timeout=2) as line:
         head = b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-        size = b"200" if expect else b"100"
-        line.sendall(head + expect + b"Content-Length: " + size + b"\r\n\r\n" + (b"" if expect else bytes(100)))
+        line.sendall(head + expect + b"Content-Length: 200\r\n\r\n" + (b"" if expect else bytes(100)))
         answer = line.recv(1 << 16)
     assert answer.startswith(b"HTTP/1.1 401")
+    assert b"connection: close" in answer
     assert list(guarded.store.iterdir()) == []
 
 
@@ -163,17 +163,24 @@ def test_keys_are_asked_for_beyond_loopback(host, auth, guarded):
     assert Settings(host=host, auth=auth).guarded is guarded
 
 
-def test_the_client_sends_its_key_and_says_what_is_wrong_with_it(guarded, keys, tmp_path):
-    path = tmp_path / "flair.nii.gz"
-    path.write_bytes(scan())
+def test_the_client_sends_its_key_and_says_what_is_wrong_with_it(guarded, keys, tmp_path, monkeypatch):
+    image, file = tmp_path / "flair.nii.gz", tmp_path / "key"
+    image.write_bytes(scan())
     _, text = keys.create("client")
+    file.write_text(f"{text}\n")
     with serving(guarded) as api:
-        url = str(api.base_url)
-        for key, words in ((None, "put it into PASSION_KEY"), ("x", "does not take the API key in PASSION_KEY")):
-            with Client(url, key) as client, pytest.raises(ClientError, match=words):
-                client.submit({"flair": path}, None, lambda _: None)
-        with Client(url, text) as client, pytest.raises(ClientError, match="no model"):
-            client.submit({"flair": path}, None, lambda _: None)
+        command = ["segment", "--url", str(api.base_url), "--flair", str(image), "-o", str(tmp_path / "mask.nii")]
+        for key, arguments, words in (
+            ("", [], "asks for an API key: put it into PASSION_KEY"),
+            ("x", [], "does not take the API key in PASSION_KEY"),
+            ("two words", [], "must be one word"),
+            (text, [], "no model"),  # there is none: the key was taken
+            ("x", ["--key-file", str(file)], "no model"),
+            ("", ["--key-file", str(tmp_path / "none")], "cannot read the API key"),
+        ):
+            monkeypatch.setenv("PASSION_KEY", key)
+            done = CliRunner().invoke(cli, [*command, *arguments])
+            assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
 
 
 def test_the_commands_find_the_redis_that_up_keeps_in_its_store(tmp_path, monkeypatch):

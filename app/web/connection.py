@@ -17,7 +17,7 @@ class Connection(H11Protocol):
 
     uvicorn has a limit for connections that idle between two requests and none for these: a head of which a byte comes
     every second holds its connection for ever, and so does an answer of which a byte is read every second. Its limit on
-    connections answers in plain text and counts health checks in; it is left alone.
+    connections answers in plain text; it is left alone.
 
     It rests on h11 because that also bounds a head's size, and is Python where the hostile bytes are. httptools with
     uvloop takes uploads a fifth faster (twenty of 10 MB side by side on two cores: 231 against 192 MB/s), but both are

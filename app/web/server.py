@@ -16,6 +16,8 @@ def server_config(settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         http=connection_of(settings),
+        # By default whichever is installed; this is the one that `Connection` is tested on.
+        loop="asyncio",
         # None is served, and a WebSocket goes past what looks at HTTP requests.
         ws="none",
         log_config=None,

@@ -6,24 +6,25 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from app.endings import INTERRUPTED, NOT_DONE, REFUSED, give_up, settings_with
+from app.key_commands import keys
+
 if TYPE_CHECKING:
     from app.client import Client
-    from app.jobs.settings import Settings
-
-NOT_DONE, REFUSED, INTERRUPTED = 1, 2, 130
 
 cli = typer.Typer(
     name="passion-server",
-    help="The segmentation service: start it (up, api, worker) or send it images (segment). "
+    help="The segmentation service: start it (up, api, worker), say who may use it (keys), send it images (segment). "
     "Settings come from PASSION_* variables.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+cli.add_typer(keys)
 
 Models = Annotated[Path | None, typer.Option(help="Folder of checkpoint folders. [PASSION_MODELS]", show_default=False)]
 Store = Annotated[Path | None, typer.Option(help="Folder of the jobs' files. [PASSION_STORE]", show_default=False)]
@@ -36,22 +37,25 @@ def up(host: Host = None, port: Port = None, models: Models = None, store: Store
     """Start all of it: Redis if none is set, the API and one worker. One Ctrl-C stops all.
 
     Prints `PASSION Seg is ready at URL` on standard output when jobs can be sent; logs go to standard error. Without a
-    store, jobs are kept until the service stops; with one, files and records outlive it.
+    store, jobs are kept until the service stops; with one, files and records outlive it. Beyond loopback it asks for
+    API keys (`keys create`); without a store, and so without keys that outlive it, it makes one and prints it too.
     """
     from app.redis_server import NoRedisError
     from app.stack import StackError, run_stack
 
-    settings = _settings(host=host, port=port, models=models, store=store)
+    settings = settings_with(host=host, port=port, models=models, store=store)
     own_redis = not (os.environ.get("PASSION_REDIS_URL") or os.environ.get("REDIS_URL"))
     keep = not own_redis or store is not None or bool(os.environ.get("PASSION_STORE"))
     try:
         run_stack(settings, keep, own_redis, _announce)
     except (StackError, NoRedisError) as error:
-        _give_up(str(error))
+        give_up(str(error))
 
 
-def _announce(url: str) -> None:
+def _announce(url: str, key: str | None) -> None:
     print(f"PASSION Seg is ready at {url} (its description: {url}/docs). Ctrl-C stops it.", flush=True)
+    if key is not None:
+        print(f"API key (shown once): {key}", flush=True)
 
 
 @cli.command()
@@ -67,19 +71,9 @@ def api(
 
     import uvicorn
 
-    settings = _settings(host=host, port=port, models=models, store=store)
-    os.environ.update(settings.environment())  # where the application reads them
-    config = uvicorn.Config(
-        "app.web.application:create_asgi",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, int(settings.stop_grace)),
-    )
-    server = uvicorn.Server(config)
+    from app.web.server import server_config
+
+    server = uvicorn.Server(server_config(settings_with(host=host, port=port, models=models, store=store)))
     server.run(sockets=None if fd is None else [socket.socket(fileno=fd)])
     if not server.started:
         raise typer.Exit(NOT_DONE)
@@ -90,7 +84,7 @@ def worker(models: Models = None, store: Store = None) -> None:
     """Start a worker alone. It needs Redis, the store that the API writes to, and the models."""
     from app.stack import worker_command, worker_environment
 
-    settings = _settings(models=models, store=store)
+    settings = settings_with(models=models, store=store)
     command = worker_command()
     sys.stdout.flush()
     # In this process's place: whoever stops this command stops Celery itself.
@@ -112,9 +106,13 @@ def segment(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Which model; see GET /models.", show_default=False)] = None,
     keep: Annotated[bool, typer.Option(help="Leave the job on the service instead of deleting it.")] = False,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key, if it is not in PASSION_KEY.", show_default=False)
+    ] = None,
 ) -> None:
     """Send volumes of one patient to a service and get the mask, on the grid of the first volume given.
 
+    Where the service asks for an API key, it is read from PASSION_KEY or a file: others can read a command line.
     Status 0: the mask is there and whole. 1: it is not, and it may be worth trying again. 2: the input was refused.
     """
     from app.client import Client, ClientError
@@ -129,13 +127,16 @@ def segment(
         elif named.get(option) is not None:
             _add(images, option, named[option])
     if not images:
-        _give_up("give at least one volume, such as --flair flair.nii.gz or --image NAME=FILE", REFUSED)
+        give_up("give at least one volume, such as --flair flair.nii.gz or --image NAME=FILE", REFUSED)
     if not out.name.endswith((".nii", ".nii.gz")):
-        _give_up(f"{out}: the mask's name must end in .nii.gz or .nii", REFUSED)
+        give_up(f"{out}: the mask's name must end in .nii.gz or .nii", REFUSED)
     if not out.parent.is_dir():
-        _give_up(f"{out.parent} is no folder: make it first", REFUSED)
+        give_up(f"{out.parent} is no folder: make it first", REFUSED)
     job: dict[str, Any] | None = None
-    with Client(url) as client, JobProgress(sum(path.stat().st_size for path in images.values())) as progress:
+    with (
+        Client(url, _key(key_file)) as client,
+        JobProgress(sum(path.stat().st_size for path in images.values())) as progress,
+    ):
         try:
             job = client.submit(images, model, progress.sent)
             progress.accepted()
@@ -143,19 +144,30 @@ def segment(
         except ClientError as error:
             progress.stop()
             _forget(client, job)
-            _give_up(str(error), REFUSED if error.refused else NOT_DONE)
+            give_up(str(error), REFUSED if error.refused else NOT_DONE)
         except KeyboardInterrupt:
             progress.stop()
             _forget(client, job)
-            _give_up("stopped; the service was told to delete the job", INTERRUPTED)
+            give_up("stopped; the service was told to delete the job", INTERRUPTED)
         try:
             client.fetch(done, out)
         except ClientError as error:
             progress.stop()
-            _give_up(f"{error}; the mask is still at {url.rstrip('/')}{done['links']['mask']}")
+            give_up(f"{error}; the mask is still at {url.rstrip('/')}{done['links']['mask']}")
         if not keep:
             _forget(client, done)
     _report(done, out)
+
+
+def _key(file: Path | None) -> str | None:
+    """The API key, if there is one."""
+    try:
+        text = os.environ.get("PASSION_KEY", "") if file is None else file.read_text()
+    except (OSError, UnicodeDecodeError):
+        give_up(f"{file}: cannot read the API key", REFUSED)
+    if not text.strip().isascii() or len(text.split()) > 1:
+        give_up("the API key must be one word, as `passion-server keys create` printed it", REFUSED)
+    return text.strip() or None
 
 
 def _forget(client: Client, job: dict[str, Any] | None) -> None:
@@ -170,16 +182,16 @@ def _forget(client: Client, job: dict[str, Any] | None) -> None:
 def _named_file(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
     if not (name and equals and file):
-        _give_up(f"--image {text}: write NAME=FILE, such as flair=flair.nii.gz", REFUSED)
+        give_up(f"--image {text}: write NAME=FILE, such as flair=flair.nii.gz", REFUSED)
     return name, Path(file)
 
 
 def _add(images: dict[str, Path], name: str, path: Path | None) -> None:
     assert path is not None
     if name in images:
-        _give_up(f"{name} is given twice", REFUSED)
+        give_up(f"{name} is given twice", REFUSED)
     if not path.is_file():
-        _give_up(f"{path}: no such file", REFUSED)
+        give_up(f"{path}: no such file", REFUSED)
     images[name] = path
 
 
@@ -203,26 +215,6 @@ def _report(job: dict[str, Any], out: Path) -> None:
         )
     console.print(f"Mask: {out}")
     console.print(job["notice"], style="dim")
-
-
-def _settings(**changes: object) -> Settings:
-    from pydantic import ValidationError
-
-    from app.jobs.settings import Settings
-
-    try:
-        # pydantic checks what the type checker cannot: names and values come from the command line.
-        return Settings(**{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "_".join(str(part) for part in first["loc"]).upper()
-        variable = f"PASSION_{name.removeprefix('PASSION_')}: " if name else ""
-        _give_up(f"{variable}{first['msg'].removeprefix('Value error, ')}", REFUSED)
-
-
-def _give_up(message: str, status: int = NOT_DONE) -> NoReturn:
-    print(f"passion-server: {message}", file=sys.stderr)
-    raise typer.Exit(status)
 
 
 def main() -> None:

@@ -46,10 +46,13 @@ class _Watched:
 class Client:
     """Talks to one service. Methods raise `ClientError`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None) -> None:
+        """`key` is an API key, for a service that asks for one."""
         self._url = url.rstrip("/")
         # Reading has a long limit: after the last byte the service looks through all the voxels before it answers.
-        self._http = httpx.Client(base_url=self._url, timeout=httpx.Timeout(30, read=600, write=120))
+        timeout = httpx.Timeout(30, read=600, write=120)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=self._url, timeout=timeout, headers=headers)
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +134,12 @@ class Client:
 
 
 def _refusal(response: httpx.Response) -> ClientError:
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        sent = "Authorization" in response.request.headers
+        wants = "does not take the API key in PASSION_KEY" if sent else "asks for an API key: put it into PASSION_KEY"
+        return ClientError(
+            f"the service {wants}; its operator makes one with `passion-server keys create`", refused=True
+        )
     try:
         problem = response.json()
         words = [problem.get("detail") or problem["title"], problem.get("remedy")]

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
+FOLDER = ".redis"
+"""Of a store, for the Redis whose records are kept with it."""
+CONFIGURATION = "redis.conf"
 
 
 class NoRedisError(RuntimeError):
@@ -40,6 +43,21 @@ def free_port() -> int:
         return port
 
 
+def kept_url(store: Path) -> str | None:
+    """Where the server listens that was last started for `store`; None if none was. Raises `OSError` for a store of
+    another user's."""
+    try:
+        text = (store / FOLDER / CONFIGURATION).read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    words = dict(line.split(" ", 1) for line in text.splitlines())
+    return _url(words["requirepass"], int(words["port"]))
+
+
+def _url(password: str, port: int) -> str:
+    return f"redis://:{password}@{LOOPBACK}:{port}/0"
+
+
 class RedisServer:
     """Configuration of one server process. It asks for a password, for other users of the machine reach a loopback port
     too; the file that holds it is this user's alone, and it never stands on a command line."""
@@ -54,7 +72,7 @@ class RedisServer:
     @property
     def url(self) -> str:
         """Where it listens, once `command` was called."""
-        return f"redis://:{self._password}@{LOOPBACK}:{self._port}/0"
+        return _url(self._password, self._port)
 
     def command(self) -> list[str]:
         """Write the configuration for a free port; the command line that starts the server with it."""
@@ -71,7 +89,7 @@ class RedisServer:
             "appendfsync everysec",
             "loglevel warning",
         ]
-        path = self._folder / "redis.conf"
+        path = self._folder / CONFIGURATION
         path.touch(mode=0o600)
         path.write_text("\n".join(lines) + "\n")
         return [find_executable(), str(path)]

@@ -22,8 +22,9 @@ import redis
 from app.children import Children
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import connect
+from app.jobs.keys import KeyStore
 from app.jobs.settings import Settings
-from app.redis_server import RedisServer
+from app.redis_server import FOLDER, RedisServer
 
 READY_WITHIN = 60.0
 POLL = 0.1
@@ -47,11 +48,12 @@ def worker_environment(environment: dict[str, str]) -> dict[str, str]:
     return environment | {"REMAP_SIGTERM": "SIGQUIT"}
 
 
-def run_stack(settings: Settings, keep: bool, own_redis: bool, announce: Callable[[str], None]) -> int:
+def run_stack(settings: Settings, keep: bool, own_redis: bool, announce: Callable[[str, str | None], None]) -> int:
     """Run until a signal (0) or until a part ends by itself (1). Raises `StackError` if it does not come up.
 
     Without a Redis of the user's one is started. Records then live as long as the files do: with `keep` both are under
-    `settings.store`, else both are temporary.
+    `settings.store`, else both are temporary, and so is the one API key that is then made where keys are asked for:
+    nobody could make one otherwise. `announce` is given the address and that key when jobs can be sent.
     """
     if not ModelShelf(settings.models).names():
         raise StackError(f"no model in {settings.models}: name a folder of checkpoint folders with --models")
@@ -71,7 +73,7 @@ def run_stack(settings: Settings, keep: bool, own_redis: bool, announce: Callabl
             settings = settings.model_copy(update={"store": Path(temporary) / "jobs"})
         stack.callback(lambda: children.stop(settings.stop_grace + 5))
         if own_redis:
-            folder = settings.store / ".redis" if keep else settings.store.parent / "redis"
+            folder = settings.store / FOLDER if keep else settings.store.parent / "redis"
             settings = settings.model_copy(update={"redis_url": _start_redis(folder, keep, children, stop)})
         listener = stack.enter_context(listen(settings.host, settings.port))
         url = _url(settings.host, listener.getsockname()[1])
@@ -81,12 +83,17 @@ def run_stack(settings: Settings, keep: bool, own_redis: bool, announce: Callabl
         children.start("API", api, environment, pass_fds=[listener.fileno()])
         _await_ready(url, children, stop)
         if not stop.is_set():
-            announce(url)
+            announce(url, _first_key(settings) if own_redis and not keep and settings.guarded else None)
         while not stop.wait(POLL):
             ended = children.ended()
             if ended is not None:
                 raise StackError(f"the {ended.name} ended by itself with status {ended.process.returncode}")
     return 0
+
+
+def _first_key(settings: Settings) -> str:
+    with connect(settings) as client:
+        return KeyStore(client).create("first")[1]
 
 
 def _start_redis(folder: Path, keep: bool, children: Children, stop: threading.Event) -> str:

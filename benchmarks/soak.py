@@ -115,7 +115,13 @@ def fire(parts: Parts, rng: random.Random, every: float, over: threading.Event, 
 def soak(folder: Path, jobs: int, workers: int, every: float, size: int, seed: int, attempts: int) -> dict:
     """All of it; the counts."""
     model = small_model(folder / "models" / "untrained")
-    settings = {"lease": 5.0, "stop_grace": 1.0, "orphans_kept": ORPHANS_KEPT, "max_attempts": attempts}
+    settings = {
+        "lease": 5.0,
+        "stop_grace": 1.0,
+        "orphans_kept": ORPHANS_KEPT,
+        "upload_timeout": 8.0,
+        "max_attempts": attempts,
+    }
     files, counts, kills, over = images(size), Counter[str](), Counter[str](), threading.Event()
     with Parts(folder, model.parent, **settings) as parts:
         parts.start_redis()

@@ -73,14 +73,15 @@ class Stack:
 
 
 @contextmanager
-def running_stack(folder, models, within=(), **environment):
-    """A stack of its own, torn down whatever happens; fails if it leaves a process behind. `within`: a command that
-    runs the rest of its command line."""
+def running_stack(folder, models, keep=True, within=(), **environment):
+    """A stack of its own, torn down whatever happens; fails if it leaves a process behind. `keep`: with a store.
+    `within`: a command that runs the rest of its command line."""
     store = folder / "store"
+    kept = ["--store", str(store)] if keep else []
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PASSION_") and k != "REDIS_URL"}
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
-        [*within, sys.executable, "-m", "app.cli", "up", "--port", "0", "--models", str(models), "--store", str(store)],
+        [*within, sys.executable, "-m", "app.cli", "up", "--port", "0", "--models", str(models), *kept],
         env=inherited | {"OMP_NUM_THREADS": "1", "PASSION_STOP_GRACE": "1", "PASSION_DEVICE": "cpu"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

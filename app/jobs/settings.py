@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,6 +32,21 @@ def default_store() -> Path:
     return Path(data) / "passion-seg" / "jobs"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address or a name is this machine's own and nobody else's."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The names in a setting that holds several, in lower case."""
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
+
+
 class Settings(BaseSettings):
     """Read from `PASSION_<NAME>`; a value that cannot be right stops the process at its start, naming the variable."""
 
@@ -52,6 +69,25 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address the API listens on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port of the API; 0 takes a free one.")
+    auth: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Whether requests need an API key; auto asks for one beyond loopback."
+    )
+    allowed_hosts: str = Field(
+        default="",
+        description="Names the API answers under, comma-separated. Unset: loopback's alone without keys, else any.",
+    )
+    cors_origins: str = Field(
+        default="",
+        description="Origins whose web pages may use the API, such as https://viewer.example; comma-separated.",
+    )
+
+    uploads: int = Field(default=64, ge=1, description="Uploads received at the same time; more are answered 503.")
+    upload_timeout: Seconds = Field(default=600, description="Seconds one request's body may take.")
+    idle_timeout: Seconds = Field(
+        default=30,
+        description="Seconds a connection may make no headway: a request's head, a body's next byte, an answer.",
+    )
+    connections: int = Field(default=512, ge=1, description="Connections open at the same time; more are answered 503.")
 
     max_file_bytes: Bytes = Field(default=256 * MiB, description="Bytes of one uploaded file, as sent.")
     max_request_bytes: Bytes = Field(default=GiB, description="Bytes of one request.")
@@ -104,9 +140,21 @@ class Settings(BaseSettings):
             raise ValueError("PASSION_HARD_TIME_LIMIT must be longer than PASSION_SOFT_TIME_LIMIT")
         if self.max_file_bytes > self.max_request_bytes:
             raise ValueError("PASSION_MAX_FILE_BYTES must not be larger than PASSION_MAX_REQUEST_BYTES")
+        if self.orphans_kept <= self.upload_timeout:
+            raise ValueError("PASSION_ORPHANS_KEPT must be longer than PASSION_UPLOAD_TIMEOUT")
         if self.min_spacing >= self.max_spacing:
             raise ValueError("PASSION_MIN_SPACING must be smaller than PASSION_MAX_SPACING")
+        for origin in listed(self.cors_origins):
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise ValueError(
+                    "PASSION_CORS_ORIGINS must name origins, such as https://viewer.example, without a path"
+                )
         return self
+
+    @property
+    def guarded(self) -> bool:
+        """Whether requests need an API key."""
+        return self.auth == "on" or (self.auth == "auto" and not is_loopback(self.host))
 
     def environment(self) -> dict[str, str]:
         """The variables that make a child process read these very settings."""

@@ -16,13 +16,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.jobs.cards import CardError, ModelCard
 from app.jobs.logs import configure
 from app.jobs.record import is_id
-from app.jobs.settings import Settings
+from app.jobs.settings import Settings, is_loopback
 from app.web import job_routes, metrics, problems
+from app.web.headers import SecurityHeaders
 from app.web.housekeeping import Housekeeping
 from app.web.meters import Meters
+from app.web.origin import OwnHosts, OwnPages, shared_with
+from app.web.pages import pages
+from app.web.patience import Patience
 from app.web.problems import ProblemDocument, problems_of
 from app.web.resources import NOTICE
-from app.web.routes import router
+from app.web.routes import public, router
 from app.web.service import Service
 from app.web.unread import UnreadBody
 from app.web.version import version
@@ -49,18 +53,30 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         housekeeping = Housekeeping(settings, service.blobs)
         housekeeping.start()
         threading.Thread(target=service.queue.open, name="celery import", daemon=True).start()
-        log.info("api started", models=service.models.names())
+        log.info("api started", models=service.models.names(), keys=settings.guarded)
+        if not settings.guarded and not is_loopback(settings.host):
+            log.warning("no key is asked for, and not only this machine can ask")
         yield
         housekeeping.stop()
         service.queue.close()
         service.traces.close()
         log.info("api stopped")
 
-    app = FastAPI(title="PASSION Seg", version=version(), description=DESCRIPTION, lifespan=lifespan)
+    # The pages about the API are our own: FastAPI's load scripts from elsewhere.
+    app = FastAPI(
+        title="PASSION Seg",
+        version=version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.service = service
     app.include_router(job_routes.router)
     app.include_router(router)
     app.include_router(metrics.router)
+    app.include_router(public)
+    app.include_router(pages)
     problems.install(app)
     # FastAPI documents replacing this method as the way to change its description; to a type checker it is a method.
     app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
@@ -68,9 +84,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def create_asgi(settings: Settings | None = None) -> ASGIApp:
-    """The application as a server runs it. Around it goes what must see every answer, that of an error of ours too."""
-    app = create_app(settings)
-    return UnreadBody(RequestLog(app, app.state.service.meters))
+    """The application as a server runs it. Around it goes what must see every answer, that of an error of ours too.
+
+    From the outside in: the name it was called by, pages of other origins, and only then routes, which ask for the key.
+    """
+    settings = settings or Settings()
+    service_app = create_app(settings)
+    app: ASGIApp = Patience(service_app, settings)
+    app = OwnHosts(shared_with(OwnPages(app, settings), settings), settings)
+    return UnreadBody(RequestLog(SecurityHeaders(app), service_app.state.service.meters))
 
 
 class RequestLog:

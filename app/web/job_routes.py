@@ -19,15 +19,16 @@ from app.jobs.queue import QueueError
 from app.jobs.record import Job, JobState, LabelName, new_id
 from app.jobs.store import JobOverError, UnknownJobError
 from app.jobs.traces import note, traceparent
-from app.web.auth import Caller
+from app.web.auth import Caller, caller
 from app.web.events import events_of, stream_slot
+from app.web.patience import one_upload
 from app.web.problems import Problem, problems_of, unavailable
 from app.web.resources import JobList, JobResource
 from app.web.service import Here, Service
 from app.web.upload import Accepted, receive
 from app.web.watch import watched
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized"), tags=["jobs"])
 log = structlog.get_logger("app.web")
 
 JobId = Annotated[str, Path(description="As POST /segment answered it.")]
@@ -46,6 +47,7 @@ _UPLOAD_PROBLEMS = [
     *("too-large-uncompressed", "bad-header", "bad-data-type", "bad-affine", "bad-spacing", "not-3d"),
     *("too-many-voxels", "too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full"),
     *("bad-idempotency-key", "idempotency-key-reused", "too-many-jobs", "queue-full", "unavailable", "broken-model"),
+    *("foreign-origin", "too-slow", "busy"),
 ]
 
 
@@ -53,7 +55,7 @@ _UPLOAD_PROBLEMS = [
     "/segment",
     status_code=202,
     response_model=JobResource,
-    dependencies=[Depends(watched)],
+    dependencies=[Depends(watched), Depends(one_upload)],
     responses={
         202: {
             "description": "Accepted: poll the job until its state is final.",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import get_args
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -18,10 +18,11 @@ from redis import RedisError
 
 from app.jobs.record import FailureKind, JobState
 from app.jobs.tally import BOUNDS, Counted, Histogram
-from app.web.auth import Caller
+from app.web.auth import caller
+from app.web.problems import problems_of
 from app.web.service import Here, Service
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized"))
 
 STAGES = ("waiting", "loading", "normalising", "segmenting", "restoring", "saving", "all")
 ENDS = [
@@ -105,7 +106,7 @@ def _counter(name: str, text: str, value: float) -> Metric:
     responses={200: {"description": "Prometheus's text format.", "content": {"text/plain": {}}}},
     tags=["health"],
 )
-def metrics(service: Here, caller: Caller) -> Response:
+def metrics(service: Here) -> Response:
     """Counters and gauges for Prometheus: of all jobs, and of this process. Answers without Redis, too."""
     of_jobs = CollectorRegistry()
     of_jobs.register(Jobs(service))

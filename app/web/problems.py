@@ -31,7 +31,14 @@ class Kind:
 
 _BAD = HTTPStatus.UNPROCESSABLE_ENTITY
 KINDS: dict[str, Kind] = {
+    # who asks, and from where
+    "unauthorized": Kind(HTTPStatus.UNAUTHORIZED, "The request has no valid API key"),
+    "wrong-host": Kind(HTTPStatus.MISDIRECTED_REQUEST, "The service does not answer under this name"),
+    "foreign-origin": Kind(HTTPStatus.FORBIDDEN, "A web page of another origin asked"),
+    "too-slow": Kind(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"),
+    "busy": Kind(HTTPStatus.SERVICE_UNAVAILABLE, "The service has too much to receive just now"),
     # the request
+    "not-http": Kind(HTTPStatus.BAD_REQUEST, "The request is not valid HTTP"),
     "malformed-multipart": Kind(HTTPStatus.BAD_REQUEST, "The multipart body is malformed"),
     "not-multipart": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The request is not multipart/form-data"),
     "too-large": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The upload is too large"),
@@ -145,6 +152,11 @@ def unavailable(what: str) -> Problem:
         "Try again in a moment; what was sent with this request was not kept.",
         headers={"Retry-After": "5"},
     )
+
+
+def busy(what: str) -> Problem:
+    """503 for a limit on how much is received at a time; nothing was read."""
+    return Problem("busy", what, "Try again in a moment.", headers={"Retry-After": "5"})
 
 
 def install(app: FastAPI) -> None:

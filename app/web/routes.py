@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from redis import RedisError
 
 from app.jobs.cards import CardError, ModelCard
+from app.web.auth import caller
 from app.web.problems import KINDS, Kind, Problem, ProblemDocument, problems_of, unavailable
 from app.web.resources import Alive, Index, ModelList, ModelResource, Ready
 from app.web.service import Here, Service
 from app.web.version import version
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized"))
+"""What an API key is asked for."""
+public = APIRouter()
+"""What anybody may read: nothing of it is about a patient."""
 
 STALLED = 60.0
 """Seconds in which a worker with a hand free takes a job that waits, if all is well."""
@@ -46,13 +50,13 @@ def _card(service: Service, name: str) -> ModelCard | None:
         raise Problem("broken-model", str(error), "The operator must mend the model's card.") from error
 
 
-@router.get("/livez", response_model=Alive, tags=["health"])
+@public.get("/livez", response_model=Alive, tags=["health"])
 def livez() -> Alive:
     """Whether this process answers. Asks nobody else: restarting it would not bring Redis back."""
     return Alive()
 
 
-@router.get("/readyz", response_model=Ready, responses=problems_of("unavailable"), tags=["health"])
+@public.get("/readyz", response_model=Ready, responses=problems_of("unavailable"), tags=["health"])
 def readyz(service: Here) -> Ready:
     """Whether a job sent now would be worked on: Redis answers, workers consume the queue, there is a model. That jobs
     wait while a worker has a hand free and takes none is not readiness, however well it answers."""
@@ -78,7 +82,7 @@ def _nothing_taken(service: Service) -> bool:
     return service.jobs.longest_waiting() > STALLED and (taken is None or taken > STALLED)
 
 
-@router.get("/problems/{kind}", response_model=ProblemDocument, responses=problems_of("not-found"), tags=["problems"])
+@public.get("/problems/{kind}", response_model=ProblemDocument, responses=problems_of("not-found"), tags=["problems"])
 def problem(kind: str) -> ProblemDocument:
     """What a kind of problem means: the `type` of a problem document points here."""
     known: Kind | None = KINDS.get(kind)
@@ -87,7 +91,7 @@ def problem(kind: str) -> ProblemDocument:
     return ProblemDocument(type=f"/problems/{kind}", title=known.title, status=known.status, detail=known.title)
 
 
-@router.get("/", response_model=Index, include_in_schema=False)
+@public.get("/", response_model=Index, include_in_schema=False)
 def index() -> Index:
     """Where things are."""
     links = {

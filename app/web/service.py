@@ -12,6 +12,7 @@ from app.jobs.blobs import BlobStore
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import connect
 from app.jobs.gpu import Gpus
+from app.jobs.keys import KeyStore
 from app.jobs.presence import Presence
 from app.jobs.queue import JobQueue
 from app.jobs.settings import Settings
@@ -35,6 +36,9 @@ class Service:
     gpus: Gpus
     meters: Meters
     traces: Traces
+    keys: KeyStore
+    uploads: anyio.CapacityLimiter
+    """Requests that may be sending images."""
     writing: anyio.CapacityLimiter
     """Threads that write uploads. Their own, so that a reader of a job never waits behind fifty uploads."""
     checking: anyio.CapacityLimiter
@@ -59,6 +63,8 @@ class Service:
             gpus=Gpus(client),
             meters=Meters(),
             traces=Traces("passion-api"),
+            keys=KeyStore(client),
+            uploads=anyio.CapacityLimiter(settings.uploads),
             writing=anyio.CapacityLimiter(16),
             checking=anyio.CapacityLimiter(settings.checks),
             looking=anyio.CapacityLimiter(4),

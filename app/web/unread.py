@@ -10,11 +10,11 @@ DRAIN_SECONDS = 5.0
 
 
 class UnreadBody:
-    """Lets a refused body run out, within bounds, and closes the connection on one that does not.
+    """Answers at once, lets a refused body run out, within bounds, and closes the connection.
 
     A connection closed on a sender in full flow is reset, and the answer that says what was wrong is lost on the way.
-    So the rest is read and dropped first. But a server that goes on reading after it has answered can be kept busy for
-    ever by a chunked body without end: past the bounds the connection is closed all the same.
+    So the rest is read and dropped first, after the answer and before the connection is closed. But a server that goes
+    on reading can be kept busy for ever by a chunked body without end: past the bounds it is closed all the same.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -27,6 +27,7 @@ class UnreadBody:
             return
         headers = dict(scope["headers"])
         unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        refused = False
 
         async def watched_receive() -> Message:
             nonlocal unread
@@ -36,12 +37,16 @@ class UnreadBody:
             return message
 
         async def watched_send(message: Message) -> None:
-            if unread and message["type"] == "http.response.start":
-                # Who asks first (Expect: 100-continue) has not begun to send, and must not be told to.
-                if b"expect" not in headers:
-                    await drain()
-                if unread:
+            nonlocal refused
+            if message["type"] == "http.response.start":
+                refused = unread
+                if refused:
                     message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+            # Who asks first (Expect: 100-continue) has not begun to send, and must not be told to.
+            elif refused and b"expect" not in headers and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await drain()
+                message = {"type": "http.response.body"}
             await send(message)
 
         async def drain() -> None:

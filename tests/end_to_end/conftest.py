@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import tiny_checkpoint
 from live_stack import running_stack
@@ -21,4 +23,4 @@ def stack(tmp_path_factory, models):
 @pytest.fixture
 def own_stack(tmp_path, models):
     """Starts a stack for one test, with settings of its own."""
-    return lambda **environment: running_stack(tmp_path, models, **environment)
+    return partial(running_stack, tmp_path, models)

@@ -252,7 +252,7 @@ def test_a_sender_who_hangs_up_leaves_nothing(strict):
     host, port = strict.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
-            b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
             b"Content-Length: 1000000\r\n\r\n"
             b'--b\r\nContent-Disposition: form-data; name="flair"; filename="x"\r\n\r\n' + GOOD[:5000]
         )

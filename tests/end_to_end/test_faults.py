@@ -25,7 +25,13 @@ SHORT = scan("t2", SMALL)
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, models):
     """Redis, an API, two workers, shared by the tests below: each leaves as many behind as it found."""
-    quick = {"lease": LEASE, "orphans_kept": ORPHANS_KEPT, "stop_grace": 1.0, "redis_timeout": 1.0}
+    quick = {
+        "lease": LEASE,
+        "orphans_kept": ORPHANS_KEPT,
+        "upload_timeout": 2.5,
+        "stop_grace": 1.0,
+        "redis_timeout": 1.0,
+    }
     with Parts(tmp_path_factory.mktemp("parts"), models, **quick) as parts:
         parts.start_redis()
         parts.start_api()

@@ -26,7 +26,13 @@ def gone(processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_stops_all_of_it(own_stack, number):
-    with own_stack() as stack:
+    """The second time in a stack that can be reached from elsewhere, and is of use to nobody without a key."""
+    beyond = {"keep": False, "PASSION_HOST": "0.0.0.0"} if number == signal.SIGTERM else {}
+    with own_stack(**beyond) as stack:
+        assert stack.http.get("/models").status_code == (401 if beyond else 200)
+        if beyond:
+            key = stack.process.stdout.readline().removeprefix("API key (shown once): ").strip()
+            assert stack.http.get("/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         everyone = family(stack.process)
         names = " ".join(" ".join(p.cmdline()) for p in everyone[1:])
         assert "redis-server" in names

@@ -127,7 +127,7 @@ def test_the_description_says_what_needs_a_key(guarded):
     assert document["components"]["securitySchemes"]["API key"]["scheme"] == "bearer"
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            needed = path.startswith(("/segment", "/jobs", "/models"))
+            needed = path.startswith(("/segment", "/jobs", "/models", "/metrics"))
             assert ("security" in operation) == ("401" in operation["responses"]) == needed, path
 
 

@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
 PYTEST_ARGS ?=
+PYTEST_PROCESSES ?= 2
 BENCH_OUT ?= bench.json
 
 PY := $(VENV)/bin/python
@@ -44,8 +45,9 @@ demo-model: $(STAMP)
 bench: $(STAMP)
 	@$(PY) benchmarks/compare.py --out $(BENCH_OUT)
 
+# In two processes of one thread each, a file of tests at a time: most of them wait for other processes, or compute little.
 test: $(STAMP)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,6 +15,9 @@ from typing import Any, BinaryIO, Self, cast
 import httpx
 
 POLL_FIRST, POLL_MOST = 0.2, 2.0
+MOST_PATIENCE = 60.0
+LATER = {429, 503}
+"""Answers that may be others in a moment."""
 
 OnBytes = Callable[[int], None]
 OnJob = Callable[[dict[str, Any]], None]
@@ -43,6 +47,29 @@ class _Watched:
         return self._file.fileno()
 
 
+class _LaterError(Exception):
+    """Not now; perhaps after so many seconds."""
+
+    def __init__(self, error: ClientError, seconds: float) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.seconds = seconds
+
+
+class _Pause:
+    """Sleeps between attempts, for a minute in all."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + MOST_PATIENCE
+
+    def __call__(self, seconds: float) -> bool:
+        """Whether to try again, after that many seconds."""
+        if time.monotonic() + seconds > self._end:
+            return False
+        time.sleep(seconds)
+        return True
+
+
 class Client:
     """Talks to one service. Methods raise `ClientError`."""
 
@@ -62,12 +89,42 @@ class Client:
 
     def submit(self, images: Mapping[str, Path], model: str | None, on_bytes: OnBytes) -> dict[str, Any]:
         """Send the images, keyed by modality, in order. The names of the files stay here: they often name a patient."""
+        # One name for however many attempts: if the answer to one is lost, the next one gets the same job.
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        pause = _Pause()
+        while True:
+            try:
+                return self._send(images, model, on_bytes, headers)
+            except _LaterError as later:
+                if not pause(later.seconds):
+                    raise later.error from later.error.__cause__
+
+    def _send(
+        self, images: Mapping[str, Path], model: str | None, on_bytes: OnBytes, headers: dict[str, str]
+    ) -> dict[str, Any]:
         files: dict[str, Any] = {}
+        sent = 0
+
+        def count(size: int) -> None:
+            nonlocal sent
+            sent += size
+            on_bytes(size)
+
         try:
             for name, path in images.items():
                 suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-                files[name] = (f"{name}{suffix}", _Watched(path.open("rb"), on_bytes), "application/octet-stream")
-            return self._json("POST", "/segment", files=files, data={"model": model} if model else {})
+                files[name] = (f"{name}{suffix}", _Watched(path.open("rb"), count), "application/octet-stream")
+            form = {"model": model} if model else {}
+            response = self._http.post("/segment", files=files, data=form, headers=headers)
+            if response.status_code in LATER:
+                on_bytes(-sent)
+                raise _LaterError(_refusal(response), _seconds(response))
+            return self._answer(response)
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+        except httpx.TransportError as error:  # cut off; what became of it is not known
+            on_bytes(-sent)
+            raise _LaterError(self._unreachable(error), 1.0) from error
         except OSError as error:
             raise ClientError(f"{error.filename}: {error.strerror}", refused=True) from error
         finally:
@@ -80,12 +137,26 @@ class Client:
         while job["state"] in ("queued", "running"):
             time.sleep(pause)
             pause = min(pause * 1.3, POLL_MOST)
-            job = self._json("GET", job["links"]["self"])
+            job = self._look(job)
             on_job(job)
         if job["state"] != "succeeded":
             error = job.get("error") or {}
             raise ClientError(f"the job has {job['state']}: {error.get('detail', 'no reason was given')}")
         return job
+
+    def _look(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The job as it is now. A service that is away for a moment is waited for: the job is not lost by that."""
+        away = _Pause()
+        while True:
+            try:
+                response = self._http.get(job["links"]["self"])
+                if response.status_code not in LATER:
+                    return self._answer(response)
+                failure, seconds = _refusal(response), _seconds(response)
+            except httpx.TransportError as error:
+                failure, seconds = self._unreachable(error), 1.0
+            if not away(seconds):
+                raise failure
 
     def fetch(self, job: dict[str, Any], out: Path) -> None:
         """Write the mask, whole or not at all."""
@@ -117,11 +188,7 @@ class Client:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
-    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        try:
-            response = self._http.request(method, path, **options)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+    def _answer(self, response: httpx.Response) -> dict[str, Any]:
         if response.is_error:
             raise _refusal(response)
         try:
@@ -131,6 +198,12 @@ class Client:
 
     def _unreachable(self, error: httpx.HTTPError) -> ClientError:
         return ClientError(f"cannot reach {self._url}: {error or type(error).__name__}")
+
+
+def _seconds(response: httpx.Response) -> float:
+    """How long to wait, as the service has it."""
+    said = response.headers.get("Retry-After", "")
+    return min(float(said), 30.0) if said.isdecimal() else 2.0
 
 
 def _refusal(response: httpx.Response) -> ClientError:

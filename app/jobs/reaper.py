@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 
 import redis
 import structlog
@@ -33,14 +34,25 @@ class Reaper:
         self._jobs = JobStore(client, settings)
         self._queue = JobQueue(settings)
         self._tally = Tally(client)
+        self._lease = settings.lease
+        self._answers_since: float | None = None
         self.interval = settings.lease / 3
         """Seconds between two rounds."""
 
     def round(self) -> None:
         """One round, unless somebody else has just done it. Raises `redis.RedisError`."""
-        if not self._redis.set(TURN, secrets.token_hex(4), nx=True, px=max(1, int(900 * self.interval))):
+        try:
+            turn = self._redis.set(TURN, secrets.token_hex(4), nx=True, px=max(1, int(900 * self.interval)))
+        except redis.RedisError:
+            self._answers_since = None
+            raise
+        if self._answers_since is None:
+            self._answers_since = time.monotonic()
+        if not turn:
             return
-        self._take_from_the_lost()
+        # While Redis was away nobody could give a sign of life, and it is no sign of death that nobody did.
+        if time.monotonic() - self._answers_since >= self._lease:
+            self._take_from_the_lost()
         self._send_what_is_missing()
 
     def _take_from_the_lost(self) -> None:

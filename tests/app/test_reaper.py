@@ -3,6 +3,8 @@
 import time
 
 import pytest
+import redis
+from own_redis import running
 
 from app.jobs.connection import connect
 from app.jobs.names import MISSING
@@ -35,7 +37,7 @@ def store(client, quick):
 @pytest.fixture
 def go_round(client, quick):
     """One round, whoever's turn it was."""
-    reaper = Reaper(client, quick)
+    reaper = seasoned(Reaper(client, quick))
 
     def go():
         client.delete(TURN)
@@ -43,6 +45,13 @@ def go_round(client, quick):
 
     yield go
     reaper.close()
+
+
+def seasoned(reaper):
+    """One that has known Redis for a lease's time."""
+    reaper.round()
+    time.sleep(LEASE)
+    return reaper
 
 
 def add(store):
@@ -107,10 +116,11 @@ def test_a_waiting_job_without_a_message_gets_one(store, client, go_round, quick
 
 
 def test_one_round_at_a_time(client, quick, store):
+    one, two = seasoned(Reaper(client, quick)), seasoned(Reaper(client, quick))
     job = add(store)
     store.begin(job.id, "dead@host")
     time.sleep(LEASE * 1.2)
-    one, two = Reaper(client, quick), Reaper(client, quick)
+    client.delete(TURN)
     one.round()
     store.begin(job.id, "dead@host")
     store.process_ended(job.id, "dead@host")
@@ -121,6 +131,30 @@ def test_one_round_at_a_time(client, quick, store):
     assert store.get(job.id).state is JobState.QUEUED
     one.close()
     two.close()
+
+
+def test_while_redis_was_away_nobody_could_give_a_sign(tmp_path, settings):
+    """So no run is taken away before there was time for one."""
+    with running(tmp_path / "redis") as url:
+        there = settings.model_copy(update={"redis_url": url, "lease": LEASE})
+        client = connect(there)
+        store, reaper = JobStore(client, there), seasoned(Reaper(client, there))
+        soon_tired = connect(there.model_copy(update={"redis_timeout": LEASE / 5}))
+        impatient = seasoned(Reaper(soon_tired, there))
+        job = add(store)
+        store.begin(job.id, "alive@host")
+        client.execute_command("CLIENT", "PAUSE", int(1000 * (LEASE * 1.2)))  # nobody is answered meanwhile
+        with pytest.raises(redis.RedisError):
+            impatient.round()
+        time.sleep(LEASE)
+        client.delete(TURN)
+        impatient.round()
+        assert store.get(job.id).state is JobState.RUNNING
+        client.delete(TURN)
+        reaper.round()
+        assert store.get(job.id).state is JobState.QUEUED, "it had been there all the time"
+        client.close()
+        soon_tired.close()
 
 
 def test_a_lease_of_a_job_that_is_gone_is_forgotten(store, client, go_round):

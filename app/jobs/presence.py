@@ -46,7 +46,9 @@ class Presence:
     def workers(self) -> list[Consumer]:
         """Workers that consume."""
         members = [str(m) for m in self._redis.zrangebyscore(CONSUMING, clock(self._redis), "+inf")]
-        return [Consumer(name, int(children)) for name, children in (m.rsplit(" ", 1) for m in members)]
+        # A worker of an older version says its name alone, while an upgrade is under way.
+        parts = [m.split(" ", 1) if " " in m else (m, "1") for m in members]
+        return [Consumer(name, int(children)) for name, children in parts]
 
 
 def _member(worker: Consumer) -> str:

@@ -10,7 +10,6 @@ import anyio
 import structlog
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
@@ -29,6 +28,7 @@ from app.web.resources import EXAMPLE_JOB, JobList, JobResource
 from app.web.service import Here, Service
 from app.web.upload import Accepted, receive
 from app.web.watch import watched
+from app.web.whole_file import WholeFile
 
 router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized", "unavailable"), tags=["jobs"])
 log = structlog.get_logger("app.web")
@@ -259,7 +259,7 @@ async def events(record: OwnJob, service: Here) -> AsyncIterator[JobResource]:
 
 @router.get(
     "/jobs/{job_id}/mask",
-    response_class=FileResponse,
+    response_class=WholeFile,
     responses={
         200: {
             "description": "A gzipped NIfTI file (uint8, or uint16 where the model's values need it; label intent) on "
@@ -270,7 +270,7 @@ async def events(record: OwnJob, service: Here) -> AsyncIterator[JobResource]:
         **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),
     },
 )
-def mask(record: OwnJob, service: Here) -> FileResponse:
+def mask(record: OwnJob, service: Here) -> WholeFile:
     """The mask of a job that has succeeded."""
     if not record.state.final:
         raise Problem("not-done", f"the job is {record.state}", f"Poll /jobs/{record.id} until its state is succeeded.")
@@ -281,7 +281,7 @@ def mask(record: OwnJob, service: Here) -> FileResponse:
         stat = path.stat()
     except FileNotFoundError:
         raise Problem("no-mask", "the mask is no longer kept", "Send the images again.") from None
-    return FileResponse(path, media_type=NIFTI_GZ, filename=f"{record.id}-mask.nii.gz", stat_result=stat)
+    return WholeFile(path, media_type=NIFTI_GZ, filename=f"{record.id}-mask.nii.gz", stat_result=stat)
 
 
 @router.delete(

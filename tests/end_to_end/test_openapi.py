@@ -66,7 +66,6 @@ def test_the_service_does_what_its_document_says(parts, tmp_path):
         text=True,
         check=False,
     )
-    print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
     found = answered(parts, key) - before
     for reached in [

@@ -6,25 +6,22 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import structlog
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.jobs.cards import CardError, ModelCard
 from app.jobs.logs import configure
 from app.jobs.record import is_id
 from app.jobs.settings import Settings, is_loopback
 from app.web import job_routes, metrics, problems
+from app.web.document import document
 from app.web.headers import SecurityHeaders
 from app.web.housekeeping import Housekeeping
 from app.web.meters import Meters
 from app.web.origin import OwnHosts, OwnPages, shared_with
 from app.web.pages import pages
 from app.web.patience import Patience
-from app.web.problems import ProblemDocument, problems_of
 from app.web.resources import NOTICE
 from app.web.routes import public, router
 from app.web.service import Service
@@ -70,6 +67,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # The names of operations: the links of the document speak of them, and so do clients made from it.
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.service = service
     app.include_router(job_routes.router)
@@ -79,7 +78,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(pages)
     problems.install(app)
     # FastAPI documents replacing this method as the way to change its description; to a type checker it is a method.
-    app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, service)  # type: ignore[method-assign]
     return app
 
 
@@ -134,66 +133,3 @@ class RequestLog:
                 log.info(
                     "request", method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 1), **job
                 )
-
-
-def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
-    """The document, with the form of POST /segment as the models that are served now have it."""
-    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    components = schema.setdefault("components", {}).setdefault("schemas", {})
-    components["ProblemDocument"] = ProblemDocument.model_json_schema()
-    for path in schema["paths"].values():
-        for operation in path.values():
-            # FastAPI's own validation errors do not leave this application: they become problem documents.
-            answer = operation["responses"].get("422", {}).get("content", {})
-            if "application/json" in answer:
-                del operation["responses"]["422"]
-            operation["responses"].setdefault("500", problems_of("internal")[500])
-    for name in ("HTTPValidationError", "ValidationError"):
-        components.pop(name, None)
-    schema["paths"]["/segment"]["post"]["requestBody"] = _form(service)
-    return schema
-
-
-def _form(service: Service) -> dict[str, Any]:
-    shelf = service.models
-    cards: dict[str, ModelCard] = {}
-    for name in shelf.names():
-        try:
-            card = shelf.get(name)
-        except CardError:
-            continue
-        if card is not None:
-            cards[name] = card
-    default = shelf.default()
-    choice: dict[str, Any] = {"type": "string", "description": "Which model to use; it may stand anywhere in the form."}
-    if cards:
-        choice["enum"] = sorted(cards)
-    if default:
-        choice["default"] = default
-    properties: dict[str, Any] = {"model": choice}
-    for name, card in cards.items():
-        for modality in card.task.modalities:
-            aliases = f" Also read as {', '.join(modality.aliases)}." if modality.aliases else ""
-            text = f"{modality.description or modality.name} ({name}).{aliases}"
-            field = properties.setdefault(modality.name, {"type": "string", "format": "binary", "description": ""})
-            field["description"] = f"{field['description']} {text}".strip()
-    return {
-        "required": True,
-        "description": "One .nii or .nii.gz file per modality, any non-empty subset, each one 3-D volume. The mask is "
-        "on the grid of the first file. Names of files are neither used nor kept.",
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": properties,
-                    "minProperties": 1,
-                    "additionalProperties": False,
-                },
-                "encoding": {
-                    name: {"contentType": "application/gzip, application/octet-stream"}
-                    for name in properties
-                    if name != "model"
-                },
-            }
-        },
-    }

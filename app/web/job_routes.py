@@ -10,8 +10,9 @@ import anyio
 import structlog
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from redis import RedisError
 
 from app.jobs.admission import KeyReusedError, QueueFullError, TooManyJobsError
@@ -23,20 +24,23 @@ from app.web.auth import Caller, caller
 from app.web.events import events_of, stream_slot
 from app.web.patience import one_upload
 from app.web.problems import Problem, problems_of, unavailable
-from app.web.resources import JobList, JobResource
+from app.web.resources import EXAMPLE_JOB, JobList, JobResource
 from app.web.service import Here, Service
 from app.web.upload import Accepted, receive
 from app.web.watch import watched
+from app.web.whole_file import WholeFile
 
-router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized"), tags=["jobs"])
+router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized", "unavailable"), tags=["jobs"])
 log = structlog.get_logger("app.web")
 
-JobId = Annotated[str, Path(description="As POST /segment answered it.")]
+JobId = Annotated[str, Path(description="As POST /segment answered it.", examples=[EXAMPLE_JOB["id"]])]
 IdempotencyKey = Annotated[
-    str | None,
+    str | SkipJsonSchema[None],
     Header(
         description="Names this request, 1 to 255 printable ASCII characters. The same request with the same key gives "
         "the same job and no second one; another request with it is refused. Good until the job is removed.",
+        # For the document alone; `_digest` is what refuses. Spaces at either end belong to HTTP, not to the value.
+        json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"},
     ),
 ]
 NIFTI_GZ = "application/gzip"
@@ -47,7 +51,7 @@ _UPLOAD_PROBLEMS = [
     *("too-large-uncompressed", "bad-header", "bad-data-type", "bad-affine", "bad-spacing", "not-3d"),
     *("too-many-voxels", "too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full"),
     *("bad-idempotency-key", "idempotency-key-reused", "too-many-jobs", "queue-full", "unavailable", "broken-model"),
-    *("foreign-origin", "too-slow", "busy"),
+    "too-slow",
 ]
 
 
@@ -59,7 +63,11 @@ _UPLOAD_PROBLEMS = [
     responses={
         202: {
             "description": "Accepted: poll the job until its state is final.",
-            "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
+            "headers": {"Location": {"description": "Its address.", "required": True, "schema": {"type": "string"}}},
+            "links": {
+                name: {"operationId": name, "parameters": {"job_id": "$response.body#/id"}}
+                for name in ("job", "events", "mask", "cancel")
+            },
         },
         **problems_of(*_UPLOAD_PROBLEMS),
     },
@@ -199,7 +207,8 @@ def jobs(
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs on one page.")] = 50,
     before: Annotated[
-        int | None, Query(ge=0, le=2**53, description="Where to go on from: as the page before had it in `next`.")
+        Annotated[int, Field(ge=0, le=2**53)] | SkipJsonSchema[None],
+        Query(description="Where to go on from: as the page before had it in `next`."),
     ] = None,
 ) -> JobList:
     """The caller's own jobs, the latest first."""
@@ -250,7 +259,7 @@ async def events(record: OwnJob, service: Here) -> AsyncIterator[JobResource]:
 
 @router.get(
     "/jobs/{job_id}/mask",
-    response_class=FileResponse,
+    response_class=WholeFile,
     responses={
         200: {
             "description": "A gzipped NIfTI file (uint8, or uint16 where the model's values need it; label intent) on "
@@ -261,7 +270,7 @@ async def events(record: OwnJob, service: Here) -> AsyncIterator[JobResource]:
         **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),
     },
 )
-def mask(record: OwnJob, service: Here) -> FileResponse:
+def mask(record: OwnJob, service: Here) -> WholeFile:
     """The mask of a job that has succeeded."""
     if not record.state.final:
         raise Problem("not-done", f"the job is {record.state}", f"Poll /jobs/{record.id} until its state is succeeded.")
@@ -272,7 +281,7 @@ def mask(record: OwnJob, service: Here) -> FileResponse:
         stat = path.stat()
     except FileNotFoundError:
         raise Problem("no-mask", "the mask is no longer kept", "Send the images again.") from None
-    return FileResponse(path, media_type=NIFTI_GZ, filename=f"{record.id}-mask.nii.gz", stat_result=stat)
+    return WholeFile(path, media_type=NIFTI_GZ, filename=f"{record.id}-mask.nii.gz", stat_result=stat)
 
 
 @router.delete(

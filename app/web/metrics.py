@@ -22,7 +22,7 @@ from app.web.auth import caller
 from app.web.problems import problems_of
 from app.web.service import Here, Service
 
-router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized"))
+router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized", "unavailable"))
 
 STAGES = ("waiting", "loading", "normalising", "segmenting", "restoring", "saving", "all")
 ENDS = [

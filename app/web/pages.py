@@ -10,7 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import HTMLResponse
+
+from app.web.whole_file import WholeFile
 
 pages = APIRouter(include_in_schema=False)
 
@@ -59,18 +61,18 @@ def start() -> Response:
 
 
 @pages.get("/docs/swagger-ui-bundle.js")
-def script() -> FileResponse:
+def script() -> WholeFile:
     """Swagger UI."""
     return _bundled("swagger-ui-bundle.js", "text/javascript")
 
 
 @pages.get("/docs/swagger-ui.css")
-def style() -> FileResponse:
+def style() -> WholeFile:
     """Its style."""
     return _bundled("swagger-ui.css", "text/css")
 
 
-def _bundled(name: str, media_type: str) -> FileResponse:
+def _bundled(name: str, media_type: str) -> WholeFile:
     # Of fastapi-offline only the files are used: Swagger UI 5, the first major version to read OpenAPI 3.1.
     path = Path(str(files("fastapi_offline") / "static" / name))
-    return FileResponse(path, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
+    return WholeFile(path, media_type=media_type, headers={"Cache-Control": "max-age=86400"})

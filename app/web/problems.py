@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 import structlog
@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from redis import RedisError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.jobs.logs import where
 
@@ -97,6 +98,25 @@ class ProblemDocument(BaseModel):
     reference: str | None = Field(default=None, description="Names the entry in the log, for errors that are ours.")
 
 
+_RETRY_AFTER = {
+    "description": "Seconds until it is worth another try.",
+    "required": True,
+    "schema": {"type": "integer", "minimum": 1},
+}
+_HEADERS: dict[int, dict[str, Any]] = {
+    HTTPStatus.UNAUTHORIZED: {
+        "WWW-Authenticate": {
+            "description": "What would do.",
+            "required": True,
+            "schema": {"type": "string", "const": "Bearer"},
+        }
+    },
+    HTTPStatus.TOO_MANY_REQUESTS: {"Retry-After": _RETRY_AFTER},
+    HTTPStatus.SERVICE_UNAVAILABLE: {"Retry-After": _RETRY_AFTER},
+}
+"""By status, what every problem with it brings beside the document."""
+
+
 def problems_of(*kinds: str) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for kinds of problems, by status."""
     by_status: dict[int, list[str]] = {}
@@ -105,6 +125,7 @@ def problems_of(*kinds: str) -> dict[int | str, dict[str, Any]]:
     return {
         status: {
             "description": "; ".join(f"{KINDS[k].title} (`{k}`)" for k in names),
+            **({"headers": _HEADERS[status]} if status in _HEADERS else {}),
             "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
         }
         for status, names in by_status.items()
@@ -167,12 +188,14 @@ def install(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == HTTPStatus.NOT_FOUND:
             found = Problem("not-found", "no resource has this address", "GET /docs lists what there is.")
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             found = Problem(
-                "method-not-allowed", "this address does not take the method", headers=dict(error.headers or {})
+                "method-not-allowed",
+                "this address does not take the method",
+                headers={"Allow": ", ".join(_methods(app, request))},
             )
         else:
             found = Problem("invalid-request", str(error.detail))
@@ -195,3 +218,13 @@ def install(app: FastAPI) -> None:
         return Problem(
             "internal", "an error of ours stopped this request", "Report the reference.", reference=reference
         ).response()
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What the address of a request takes. Asked of all routes: the error names the methods of one of them alone."""
+    scopes = {method.value: {**request.scope, "method": method.value} for method in HTTPMethod}
+    return [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
+    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
 from redis import RedisError
 
 from app.jobs.cards import CardError, ModelCard
@@ -12,7 +14,7 @@ from app.web.resources import Alive, Index, ModelList, ModelResource, Ready
 from app.web.service import Here, Service
 from app.web.version import version
 
-router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized"))
+router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized", "unavailable"))
 """What an API key is asked for."""
 public = APIRouter()
 """What anybody may read: nothing of it is about a patient."""
@@ -21,7 +23,15 @@ STALLED = 60.0
 """Seconds in which a worker with a hand free takes a job that waits, if all is well."""
 
 
-@router.get("/models", response_model=ModelList, responses=problems_of("broken-model"), tags=["models"])
+@router.get(
+    "/models",
+    response_model=ModelList,
+    responses={
+        200: {"links": {"model": {"operationId": "model", "parameters": {"name": "$response.body#/models/0/name"}}}},
+        **problems_of("broken-model"),
+    },
+    tags=["models"],
+)
 def models(service: Here) -> ModelList:
     """The models that can be chosen, their modalities, and how well each subset of them has done."""
     default = service.models.default()
@@ -83,7 +93,7 @@ def _nothing_taken(service: Service) -> bool:
 
 
 @public.get("/problems/{kind}", response_model=ProblemDocument, responses=problems_of("not-found"), tags=["problems"])
-def problem(kind: str) -> ProblemDocument:
+def problem(kind: Annotated[str, Path(json_schema_extra={"enum": sorted(KINDS)})]) -> ProblemDocument:
     """What a kind of problem means: the `type` of a problem document points here."""
     known: Kind | None = KINDS.get(kind)
     if known is None:

@@ -181,6 +181,14 @@ def test_the_page_about_the_api_loads_nothing_from_elsewhere(asgi):
     assert 'PACKAGE_VERSION:"5.' in asgi({}, "GET", "/docs/swagger-ui-bundle.js").text, "4 does not read OpenAPI 3.1"
 
 
+@pytest.mark.parametrize("part", ["bytes=0-9", "bytes=99999999-", "pages=1"])
+def test_a_file_comes_as_a_whole(asgi, part):
+    whole = asgi({}, "GET", "/docs/swagger-ui.css")
+    asked = asgi({}, "GET", "/docs/swagger-ui.css", range=part)
+    assert (asked.status_code, asked.content) == (200, whole.content)
+    assert asked.headers["accept-ranges"] == "none"
+
+
 HEAD = b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
 PART = b'--b\r\nContent-Disposition: form-data; name="flair"; filename="x"\r\n\r\n\x1f\x8b'
 

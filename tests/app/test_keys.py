@@ -21,6 +21,7 @@ from app.jobs.keys import KEYS, KeyStore, UnknownKeyError
 from app.jobs.record import now
 from app.jobs.settings import Settings
 from app.redis_server import FOLDER, kept_url
+from app.web.application import create_app
 
 
 @pytest.fixture
@@ -129,6 +130,13 @@ def test_the_description_says_what_needs_a_key(guarded):
         for operation in operations.values():
             needed = path.startswith(("/segment", "/jobs", "/models", "/metrics"))
             assert ("security" in operation) == ("401" in operation["responses"]) == needed, path
+
+
+def test_where_no_key_is_asked_for_none_is_described(settings):
+    document = create_app(settings).openapi()
+    assert "securitySchemes" not in document["components"]
+    operations = [operation for path in document["paths"].values() for operation in path.values()]
+    assert not [operation for operation in operations if "security" in operation or "401" in operation["responses"]]
 
 
 @pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])

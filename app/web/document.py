@@ -1,0 +1,94 @@
+"""`document`: the OpenAPI document, as this service answers under its settings and with its models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from app.jobs.cards import CardError, ModelCard
+from app.web.origin import SAFE
+from app.web.problems import ProblemDocument, problems_of
+from app.web.service import Service
+
+ANYWHERE = ("not-http", "wrong-host", "busy", "internal")
+"""What any request may be answered with, whatever its route: by what stands around the routes."""
+
+
+def document(app: FastAPI, service: Service) -> dict[str, Any]:
+    """What FastAPI knows of the routes, with what it cannot: the form, what stands around the routes, the keys."""
+    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    components = schema.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    schemas["ProblemDocument"] = ProblemDocument.model_json_schema()
+    for path in schema["paths"].values():
+        for method, operation in path.items():
+            operation["responses"] = _responses(method.upper(), operation["responses"])
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    if not service.settings.guarded:
+        _without_keys(schema)
+    schema["paths"]["/segment"]["post"]["requestBody"] = _form(service)
+    return schema
+
+
+def _responses(method: str, responses: dict[str, Any]) -> dict[str, Any]:
+    if "application/json" in responses.get("422", {}).get("content", {}):
+        # FastAPI's own validation errors do not leave this application: they become problem documents.
+        del responses["422"]
+    for number, answer in problems_of(*ANYWHERE, *(() if method in SAFE else ("foreign-origin",))).items():
+        known = responses.setdefault(str(number), answer)
+        if known is not answer:
+            known["description"] += f"; {answer['description']}"
+    return dict(sorted(responses.items()))
+
+
+def _without_keys(schema: dict[str, Any]) -> None:
+    """Where no key is asked for, none is to be declared: FastAPI does so for every route that would look at one."""
+    schema["components"].pop("securitySchemes", None)
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation.pop("security", None)
+            operation["responses"].pop("401", None)
+
+
+def _form(service: Service) -> dict[str, Any]:
+    shelf = service.models
+    cards: dict[str, ModelCard] = {}
+    for name in shelf.names():
+        try:
+            card = shelf.get(name)
+        except CardError:
+            continue
+        if card is not None:
+            cards[name] = card
+    default = shelf.default()
+    choice: dict[str, Any] = {"type": "string", "description": "Which model to use; it may stand anywhere in the form."}
+    if cards:
+        choice["enum"] = sorted(cards)
+    if default:
+        choice["default"] = default
+    images: dict[str, dict[str, Any]] = {}
+    for name, card in cards.items():
+        for modality in card.task.modalities:
+            aliases = f" Also read as {', '.join(modality.aliases)}." if modality.aliases else ""
+            text = f"{modality.description or modality.name} ({name}).{aliases}"
+            field = images.setdefault(modality.name, {"type": "string", "format": "binary", "description": ""})
+            field["description"] = f"{field['description']} {text}".strip()
+    return {
+        "required": True,
+        "description": "One .nii or .nii.gz file per modality, any non-empty subset, each one 3-D volume. The mask is "
+        "on the grid of the first file. Names of files are neither used nor kept.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"model": choice, **images},
+                    "anyOf": [{"required": [name]} for name in images] or [{}],
+                    "additionalProperties": False,
+                },
+                "encoding": {name: {"contentType": "application/gzip, application/octet-stream"} for name in images},
+            }
+        },
+    }

@@ -1,6 +1,6 @@
 """The predictor alone: the same files again and again, each mask saved. Seconds of each on standard output, as JSON.
 
-    python benchmarks/bare.py --model FOLDER --jobs 10 --image flair=FILE --image t2=FILE
+python benchmarks/bare.py --model FOLDER --jobs 10 --image flair=FILE --image t2=FILE
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from models.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ def main() -> None:
         for _ in range(options.jobs):
             predictor.segment(files).save(mask)
             ends.append(time.perf_counter())
-    print(json.dumps({"seconds": [end - begin for begin, end in zip(ends, ends[1:], strict=False)]}))
+    print(json.dumps({"seconds": [end - begin for begin, end in pairwise(ends)]}))
 
 
 if __name__ == "__main__":

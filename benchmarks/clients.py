@@ -1,5 +1,5 @@
-"""Clients of the service as a process of their own, so that no lock of Python's is shared with what measures: many that
-upload, or one that polls. Written on standard output is JSON. Nothing but the standard library, so that it starts at once.
+"""Clients of the service as a process of their own, which shares no Python lock with others: many that upload, or one that
+polls. Writes JSON on standard output. Needs the standard library alone, so that it starts at once.
 
     python benchmarks/clients.py upload --port 8000 --body FILE --boundary MARK --clients 50
     python benchmarks/clients.py poll --port 8000 --path /jobs/ID --every 0.05    # until standard input ends
@@ -47,8 +47,8 @@ def send(port: int, key: str, body: Path, boundary: str) -> tuple[int, float, fl
 
 
 def client(port: int, key: str, body: Path, boundary: str, start: threading.Barrier) -> dict:
-    """One who uploads, and after a 503 comes back when told to: all statuses, the last attempt's seconds, and those from
-    the first attempt on."""
+    """One who uploads, and after a 503 comes back when told to: all statuses, the last attempt's seconds, and those
+    from the first attempt on."""
     start.wait()
     began = time.perf_counter()
     statuses = []

@@ -4,9 +4,9 @@
     python benchmarks/load.py --clients 8 --megabytes 2 --jobs 4 --rounds 1          # a quick look
 
 Redis, API, worker and clients are real processes of this machine and share its cores: `--nice 19` lets the uploading
-clients have what the service leaves, as clients elsewhere would. An API key is asked for. While the uploads come no worker
-runs: on one machine it would be the processor that is measured. Files: int16, noise throughout, so that gzip finds as
-little as in a scan of a whole head.
+clients have what the service leaves, as clients elsewhere would. An API key is asked for. While the uploads come no
+worker runs: on one machine it would be the processor that is measured. Files: int16, noise throughout, so that gzip
+finds as little as in a scan of a whole head.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rich.table import Table
 
 from app.jobs.keys import KeyStore
 from app.jobs.settings import packaged_checkpoints
-from benchmarks.parts import Parts, kill
+from benchmarks.parts import Parts
 from training.phantom import make_subject, write_subject
 
 HERE = Path(__file__).parent
@@ -121,9 +121,7 @@ def uploads(parts: Parts, clients: Clients, job: str, body: Path, boundary: str,
     memory, used = Memory(parts.api.pid), sum(api.cpu_times()[:2])
     poll = clients.start("poll", "--path", f"/jobs/{job}", "--every", 1 / options.polls)
     sent = result(
-        clients.start(
-            "upload", "--body", body, "--boundary", boundary, "--clients", options.clients, nice=options.nice
-        )
+        clients.start("upload", "--body", body, "--boundary", boundary, "--clients", options.clients, nice=options.nice)
     )
     waits = 1000 * np.array(result(poll)["seconds"])
     used = sum(api.cpu_times()[:2]) - used

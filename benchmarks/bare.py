@@ -1,4 +1,5 @@
-"""The predictor alone: the same files again and again, each mask saved. Seconds of each on standard output, as JSON.
+"""The predictor alone: the same files again and again, each mask saved. Seconds of each, and of the
+processor on average, on standard output as JSON.
 
 python benchmarks/bare.py --model FOLDER --jobs 10 --image flair=FILE --image t2=FILE
 """
@@ -27,11 +28,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="passion-bare-") as folder:
         mask = Path(folder) / "mask.nii.gz"
         predictor.segment(files).save(mask)  # the first one pays for what the others find in memory
-        ends = [time.perf_counter()]
+        ends, used = [time.perf_counter()], time.process_time()
         for _ in range(options.jobs):
             predictor.segment(files).save(mask)
             ends.append(time.perf_counter())
-    print(json.dumps({"seconds": [end - begin for begin, end in pairwise(ends)]}))
+        used = time.process_time() - used
+    print(json.dumps({"seconds": [end - begin for begin, end in pairwise(ends)], "cpu_s": used / options.jobs}))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from app.jobs.keys import KeyStore
 from app.jobs.settings import packaged_checkpoints
-from benchmarks.parts import Parts
+from benchmarks.parts import Parts, until
 from training.phantom import make_subject, write_subject
 
 HERE = Path(__file__).parent
@@ -149,24 +149,46 @@ def uploads(parts: Parts, clients: Clients, job: str, body: Path, boundary: str,
     }
 
 
-def served(parts: Parts, files: dict[str, bytes], jobs: int) -> tuple[float, dict]:
-    """Seconds per job, from the first one's start to the last one's end; and the last one."""
+def served(parts: Parts, files: dict[str, bytes], jobs: int) -> tuple[dict, str]:
+    """Seconds per job, from the first one's start to the last one's end, those of them that were between two jobs or
+    else outside the predictor's stages, and the processor's, of the worker; and the id of the last one."""
+    (worker,) = parts.workers
+    used = cpu(worker.pid)
     sent = [parts.post(files).raise_for_status().json() for _ in range(jobs)]
-    done = [parts.finished(job, within=600) for job in sent]
+    # Seldom asked, the last one first: each question takes from the processor what is measured here.
+    done = [until(lambda job=job: over(parts.job(job)), 600, "a job is not over", 0.5) for job in reversed(sent)][::-1]
     if wrong := [job["error"] for job in done if job["state"] != "succeeded"]:
         raise RuntimeError(wrong)
     begin = min(datetime.fromisoformat(job["started"]) for job in done)
     end = max(datetime.fromisoformat(job["finished"]) for job in done)
-    return (end - begin).total_seconds() / jobs, done[-1]
+    seconds = (end - begin).total_seconds()
+    staged = sum(sum(job["seconds"].values()) for job in done)
+    return {
+        "s": seconds / jobs,
+        "outside_s": (seconds - staged) / jobs,
+        "cpu_s": (cpu(worker.pid) - used) / jobs,
+    }, str(done[-1]["id"])
 
 
-def bare(model: Path, images: dict[str, Path], jobs: int) -> float:
-    """Seconds per job of the predictor alone."""
+def over(job: dict) -> dict | None:
+    """The job, if it is."""
+    return job if job["state"] in {"succeeded", "failed", "cancelled"} else None
+
+
+def cpu(pid: int) -> float:
+    """Seconds of the processor that a process and its children have had."""
+    process = psutil.Process(pid)
+    return float(sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True))))
+
+
+def bare(model: Path, images: dict[str, Path], jobs: int) -> dict:
+    """Seconds per job of the predictor alone, and the processor's."""
     command = [sys.executable, HERE / "bare.py", "--model", model, "--jobs", jobs]
     command += [word for name, path in images.items() for word in ("--image", f"{name}={path}")]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ  # as `Parts` gives it to the worker
     process = subprocess.Popen([str(word) for word in command], env=environment, text=True, stdout=subprocess.PIPE)
-    return float(np.mean(result(process)["seconds"]))
+    found = result(process)
+    return {"s": float(np.mean(found["seconds"])), "cpu_s": found["cpu_s"]}
 
 
 def throughput(parts: Parts, folder: Path, options: argparse.Namespace) -> tuple[dict, str]:
@@ -175,23 +197,23 @@ def throughput(parts: Parts, folder: Path, options: argparse.Namespace) -> tuple
     subject = write_subject(folder / "phantom", make_subject(1, 1, shape=shape, spacing=spacing))
     images = {name: next(subject.glob(f"*_{name}.nii.gz")) for name in MODALITIES}
     files = {name: path.read_bytes() for name, path in images.items()}
+    model = packaged_checkpoints() / MODEL
     parts.start_worker()
     parts.ready(1)
-    _, job = served(parts, files, 1)
-    pairs = []
+    served(parts, files, 1)  # loads the model
+    turns = []
     for turn in range(options.turns):
-        alone = bare(packaged_checkpoints() / MODEL, images, options.jobs) if turn % 2 else None
+        first = bare(model, images, options.jobs) if turn % 2 else None
         service, job = served(parts, files, options.jobs)
-        alone = alone or bare(packaged_checkpoints() / MODEL, images, options.jobs)
-        pairs.append((service, alone))
-    service, alone = (float(np.mean(column)) for column in zip(*pairs, strict=True))
+        turns.append({"service": service, "bare": first or bare(model, images, options.jobs)})
+    mean = {who: {k: float(np.mean([t[who][k] for t in turns])) for k in turns[0][who]} for who in turns[0]}
     return {
         "jobs": options.jobs * options.turns,
-        "service_s_per_job": service,
-        "bare_s_per_job": alone,
-        "share_of_bare": alone / service,
-        "turns": [{"service": s, "bare": b, "share": b / s} for s, b in pairs],
-    }, str(job["id"])
+        **mean,
+        "share_of_bare": mean["bare"]["s"] / mean["service"]["s"],
+        "share_of_bare_by_cpu": mean["bare"]["cpu_s"] / mean["service"]["cpu_s"],
+        "turns": turns,
+    }, job
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict:
@@ -258,10 +280,13 @@ def main() -> None:
     console = Console()
     console.print(table(found, options))
     worker = found["worker"]
-    by_turn = ", ".join(f"{turn['share']:.1%}" for turn in worker["turns"])
+    service, alone = worker["service"], worker["bare"]
+    by_turn = ", ".join(f"{turn['bare']['s'] / turn['service']['s']:.1%}" for turn in worker["turns"])
     console.print(
-        f"One worker: {worker['service_s_per_job']:.2f} s a job, the bare predictor {worker['bare_s_per_job']:.2f} s: "
-        f"{worker['share_of_bare']:.1%} of its throughput ({worker['jobs']} jobs each; by turn {by_turn})"
+        f"One worker: {service['s']:.3f} s a job, the bare predictor {alone['s']:.3f} s: {worker['share_of_bare']:.1%} "
+        f"of its throughput (by turn: {by_turn}; {worker['jobs']} jobs each). Of the processor: {service['cpu_s']:.3f} "
+        f"and {alone['cpu_s']:.3f} s ({worker['share_of_bare_by_cpu']:.1%}). Outside the predictor's stages: "
+        f"{1000 * service['outside_s']:.0f} ms a job."
     )
     if options.out:
         options.out.write_text(json.dumps(found, indent=2) + "\n")

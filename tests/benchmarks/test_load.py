@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LOAD = Path(__file__).parents[2] / "benchmarks" / "load.py"
 
 
+@pytest.mark.slow
 def test_a_service_is_measured_under_load(tmp_path):
     out = tmp_path / "load.json"
     small = ["--clients", "2", "--files", "1", "--megabytes", "1", "--rounds", "1"]

@@ -89,9 +89,10 @@ def create_asgi(settings: Settings | None = None) -> ASGIApp:
     """
     settings = settings or Settings()
     service_app = create_app(settings)
+    service: Service = service_app.state.service
     app: ASGIApp = Patience(service_app, settings)
     app = OwnHosts(shared_with(OwnPages(app, settings), settings), settings)
-    return UnreadBody(RequestLog(SecurityHeaders(app), service_app.state.service.meters))
+    return UnreadBody(RequestLog(SecurityHeaders(app), service.meters), service.turns)
 
 
 class RequestLog:

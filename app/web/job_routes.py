@@ -217,8 +217,12 @@ def jobs(
     return JobList(jobs=resources, next=None if rest is None else f"/jobs?limit={limit}&before={rest}")
 
 
-def own_job(job_id: JobId, service: Here, caller: Caller) -> Job:
+async def own_job(job_id: JobId, service: Here, caller: Caller) -> Job:
     """The record of a job of the caller's; another's is as unknown as one that never was."""
+    return await run_sync(_own_job, job_id, service, caller)
+
+
+def _own_job(job_id: str, service: Service, caller: str) -> Job:
     try:
         record = service.jobs.get(job_id)
     except UnknownJobError:
@@ -236,9 +240,11 @@ def _unknown_job() -> Problem:
 
 
 @router.get("/jobs/{job_id}", response_model=JobResource, responses=problems_of("unknown-job", "unavailable"))
-def job(record: OwnJob, service: Here) -> JobResource:
+async def job(record: OwnJob, service: Here) -> JobResource:
     """How a job is doing."""
-    return JobResource.of(record, _position(service, record))
+    # Every way into a thread and back waits for Python's lock twice, which uploads keep busy: none for nothing.
+    waits = record.state is JobState.QUEUED
+    return JobResource.of(record, await run_sync(service.jobs.position, record.id) if waits else None)
 
 
 def _position(service: Service, record: Job) -> int | None:
@@ -298,7 +304,7 @@ def cancel(record: OwnJob, service: Here) -> None:
         service.blobs.delete(record.id)
     except JobOverError:
         service.blobs.delete(record.id)
-        if own_job(record.id, service, record.owner).state is not JobState.CANCELLED:
+        if _own_job(record.id, service, record.owner).state is not JobState.CANCELLED:
             service.jobs.remove(record.id)
     except UnknownJobError:
         raise _unknown_job() from None

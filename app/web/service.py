@@ -21,6 +21,9 @@ from app.jobs.tally import Tally
 from app.jobs.traces import Traces
 from app.web.meters import Meters
 
+TURNS = 2
+"""Enough that one can be parsed while another is written."""
+
 
 @dataclass(frozen=True)
 class Service:
@@ -39,6 +42,9 @@ class Service:
     keys: KeyStore
     uploads: anyio.CapacityLimiter
     """Requests that may be sending images."""
+    turns: anyio.CapacityLimiter
+    """Uploads of which a piece that has come is being parsed and written. The others wait, and by TCP so do their
+    senders. Else a reader of a job would wait, several times over, for as long as a piece of each of fifty takes."""
     writing: anyio.CapacityLimiter
     """Threads that write uploads. Their own, so that a reader of a job never waits behind fifty uploads."""
     checking: anyio.CapacityLimiter
@@ -65,6 +71,7 @@ class Service:
             traces=Traces("passion-api"),
             keys=KeyStore(client),
             uploads=anyio.CapacityLimiter(settings.uploads),
+            turns=anyio.CapacityLimiter(TURNS),
             writing=anyio.CapacityLimiter(16),
             checking=anyio.CapacityLimiter(settings.checks),
             looking=anyio.CapacityLimiter(4),
@@ -72,7 +79,8 @@ class Service:
         )
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
+    # A coroutine only because FastAPI sends each plain function into a thread, once per request.
     service: Service = request.app.state.service
     return service
 

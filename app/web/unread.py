@@ -17,8 +17,10 @@ class UnreadBody:
     on reading can be kept busy for ever by a chunked body without end: past the bounds it is closed all the same.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, turns: anyio.CapacityLimiter) -> None:
+        """`turns`: of the uploads on the event loop, in which what is dropped must wait as well."""
         self._app = app
+        self._turns = turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -53,6 +55,8 @@ class UnreadBody:
             left = DRAIN_BYTES
             with anyio.move_on_after(DRAIN_SECONDS):
                 while unread and left > 0:
-                    left -= len((await watched_receive()).get("body", b""))
+                    message = await watched_receive()
+                    async with self._turns:
+                        left -= len(message.get("body", b""))
 
         await self._app(scope, watched_receive, watched_send)

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,10 @@ async def receive(request: Request, service: Service, folder: Path) -> Accepted:
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > service.settings.max_request_bytes:
             raise _request_too_large(service)
-        async with aclosing(Form(mark).events(upload.counted(request.stream()))) as events:
+        async with (
+            aclosing(upload.counted(request.stream())) as body,
+            aclosing(Form(mark).events(body)) as events,
+        ):
             async for event in events:
                 if isinstance(event, PartBegins):
                     await upload.begin(event)
@@ -104,13 +107,14 @@ class _Upload:
         self._buffer = bytearray()
         self._size = 0
 
-    async def counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The body, up to the limit per request."""
+    async def counted(self, body: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """The body, up to the limit per request, a piece when it is this upload's turn."""
         async for chunk in body:
             self._total += len(chunk)
             if self._total > self._limits.max_request_bytes:
                 raise _request_too_large(self._service)
-            yield chunk
+            async with self._service.turns:
+                yield chunk
 
     async def begin(self, part: PartBegins) -> None:
         self._part, self._size = part, 0

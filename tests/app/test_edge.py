@@ -4,7 +4,7 @@ import re
 import shutil
 import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import anyio
 import httpx
@@ -17,6 +17,7 @@ from app.jobs.connection import connect
 from app.jobs.settings import Settings
 from app.jobs.store import JobStore
 from app.web.application import create_asgi
+from app.web.service import TURNS
 
 
 def changed(settings, **changes):
@@ -243,6 +244,23 @@ def test_more_uploads_than_allowed_are_told_to_come_again(served):
         line.shutdown(socket.SHUT_RDWR)
         while list(served.store.glob(".incoming-*")):
             time.sleep(0.01)
+        assert api.post("/segment", files={"flair": scan()}).status_code == 202
+
+
+def test_senders_who_pause_do_not_keep_the_turns_of_others(served):
+    with changed(served) as api, ExitStack() as stack:
+        for _ in range(TURNS + 1):
+            line = stack.enter_context(connection(api))
+            line.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + PART)
+        while len(list(served.store.glob(".incoming-*/input/part-0"))) < TURNS + 1:
+            time.sleep(0.01)
+        assert api.post("/segment", files={"flair": scan()}).status_code == 202
+
+
+def test_refused_uploads_give_their_turns_back(served):
+    with changed(served) as api:
+        for _ in range(TURNS + 1):
+            assert api.post("/segment", files={"flair": b"this is no scan"}).is_client_error
         assert api.post("/segment", files={"flair": scan()}).status_code == 202
 
 

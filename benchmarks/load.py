@@ -1,7 +1,7 @@
 """A service under load: uploads side by side, a poll in the midst of them, memory; a worker against the bare predictor.
 
-    python benchmarks/load.py                                                        # some five minutes
-    python benchmarks/load.py --clients 8 --megabytes 2 --jobs 4 --rounds 1          # a quick look
+    python -m benchmarks.load                                                        # some five minutes
+    python -m benchmarks.load --clients 8 --megabytes 2 --jobs 4 --rounds 1          # a quick look
 
 Redis, API, worker and clients are real processes of this machine and share its cores: `--nice 19` lets the uploading
 clients have what the service leaves, as clients elsewhere would. An API key is asked for. While the uploads come no

@@ -1,6 +1,6 @@
 """A service under fire: many jobs, a few workers, and every few seconds the kill of something at random.
 
-    python benchmarks/soak.py --jobs 500 --workers 3 --every 4
+    python -m benchmarks.soak --jobs 500 --workers 3 --every 4
 
 Redis, API and workers are real processes of this machine. Killed is, by lot, a worker's child, a whole worker (another
 one is started), or the API (started again). Counted is what became of the jobs; the exit status is 1 unless each

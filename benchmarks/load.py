@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -153,8 +154,13 @@ def served(parts: Parts, files: dict[str, bytes], jobs: int) -> tuple[dict, str]
     """Seconds per job, from the first one's start to the last one's end, those of them that were between two jobs or
     else outside the predictor's stages, and the processor's, of the worker; and the id of the last one."""
     (worker,) = parts.workers
+    # It stands still while the jobs are sent: their checks would have the other half of its core.
+    os.killpg(worker.pid, signal.SIGSTOP)
+    try:
+        sent = [parts.post(files).raise_for_status().json() for _ in range(jobs)]
+    finally:
+        os.killpg(worker.pid, signal.SIGCONT)
     used = cpu(worker.pid)
-    sent = [parts.post(files).raise_for_status().json() for _ in range(jobs)]
     # Seldom asked, the last one first: each question takes from the processor what is measured here.
     done = [until(lambda job=job: over(parts.job(job)), 600, "a job is not over", 0.5) for job in reversed(sent)][::-1]
     if wrong := [job["error"] for job in done if job["state"] != "succeeded"]:

@@ -47,7 +47,7 @@ bench: $(STAMP)
 
 # In two processes of one thread each, a file of tests at a time: most of them wait for other processes, or compute little.
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

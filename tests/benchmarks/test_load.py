@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-LOAD = Path(__file__).parents[2] / "benchmarks" / "load.py"
+ROOT = Path(__file__).parents[2]
+LOAD = ["-m", "benchmarks.load"]
 
 
 @pytest.mark.slow
@@ -16,7 +17,12 @@ def test_a_service_is_measured_under_load(tmp_path):
     small = ["--clients", "2", "--files", "1", "--megabytes", "1", "--rounds", "1"]
     small += ["--jobs", "2", "--turns", "1", "--spacing", "6"]
     done = subprocess.run(
-        [sys.executable, LOAD, *small, "--out", out], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *LOAD, *small, "--out", out],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())

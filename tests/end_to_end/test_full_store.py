@@ -21,7 +21,10 @@ def stack(tmp_path, models):
     (tmp_path / "store").mkdir()
     mount = f'mount -t tmpfs -o size={SIZE} tmpfs {tmp_path / "store"} && exec "$@"'
     own_namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
-    with running(tmp_path / "redis") as url, running_stack(tmp_path, models, own_namespace, REDIS_URL=url) as stack:
+    with (
+        running(tmp_path / "redis") as url,
+        running_stack(tmp_path, models, within=own_namespace, REDIS_URL=url) as stack,
+    ):
         stack.store = Path(f"/proc/{stack.process.pid}/root{stack.store}")
         yield stack
 
@@ -35,6 +38,7 @@ def test_a_full_store_refuses_uploads_fails_jobs_with_the_reason_and_recovers(st
     (done,) = stack.on_store()
 
     filler = stack.store / "filler"
+    assert room(stack) < SIZE, "the stack has no store of its own"
     filler.write_bytes(bytes(room(stack) - LEFT))
     refused = stack.post({"t2": large})
     assert (refused.status_code, refused.json()["type"]) == (507, "/problems/store-full")

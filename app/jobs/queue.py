@@ -64,6 +64,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         # do not wait for that: whose worker is gone is known by its lease, and the reaper sends a new message. So this
         # only has to be longer than any job can run; the old message is then one for a job that is over.
         "broker_transport_options": {
+            # Read where the address is that of Sentinels.
+            "master_name": settings.redis_master,
             "visibility_timeout": int(settings.hard_time_limit) + 300,
             "socket_connect_timeout": settings.redis_timeout,
             "socket_keepalive": True,

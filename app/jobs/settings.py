@@ -8,6 +8,7 @@ import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -56,6 +57,9 @@ class Settings(BaseSettings):
         default="redis://127.0.0.1:6379/0",
         validation_alias=AliasChoices("PASSION_REDIS_URL", "REDIS_URL", "redis_url"),
         description="The Redis that holds job records and the queue (`REDIS_URL` is read too). One database per stack.",
+    )
+    redis_master: str = Field(
+        default="mymaster", description="Name of the master, where the Redis address is that of Sentinels."
     )
     store: Path = Field(
         default_factory=default_store, description="Folder of the jobs' files, shared by API and workers."
@@ -140,6 +144,12 @@ class Settings(BaseSettings):
             raise ValueError("PASSION_HARD_TIME_LIMIT must be longer than PASSION_SOFT_TIME_LIMIT")
         if self.max_file_bytes > self.max_request_bytes:
             raise ValueError("PASSION_MAX_FILE_BYTES must not be larger than PASSION_MAX_REQUEST_BYTES")
+        kinds = {urlsplit(address).scheme for address in self.redis_url.split(";")}
+        if len(kinds) > 1 or not kinds <= {"redis", "rediss", "unix", "sentinel"}:
+            raise ValueError(
+                "PASSION_REDIS_URL must be redis://HOST:PORT/0, rediss:// for TLS, unix:// for a socket, or "
+                "sentinel://HOST:26379;sentinel://HOST:26379/0"
+            )
         if self.orphans_kept <= self.upload_timeout:
             raise ValueError("PASSION_ORPHANS_KEPT must be longer than PASSION_UPLOAD_TIMEOUT")
         if self.min_spacing >= self.max_spacing:

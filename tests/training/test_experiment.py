@@ -55,7 +55,7 @@ def nobody_at_work(folder):
 
 def test_a_killed_runner_leaves_nothing_running_and_goes_on_where_it_was(tmp_path):
     content = yaml.safe_load(files.shipped()["tiny"].read_text())
-    content["train"] |= {"epochs": 6, "crop": [16, 16, 16]}
+    content["train"] |= {"epochs": 4, "crop": [16, 16, 16]}
     content["evaluate"] = {"subsets": ["flair", "t1ce", "t1", "t2"]}
     content["data"]["phantom"]["test"]["subjects"] = 1
     definition, out = tmp_path / "tiny.yaml", tmp_path / "results"
@@ -89,7 +89,7 @@ def test_a_killed_runner_leaves_nothing_running_and_goes_on_where_it_was(tmp_pat
     assert again.returncode == 0, again.stdout + again.stderr
     assert "2 cells, 1 finished before" in again.stdout
     assert kept(first) == before
-    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == list(range(6))
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == list(range(4))
     assert (second / "train.txt").read_text().count("epoch 0:") == (1 if done_before else 0)
 
     report = (out / "report.md").read_text()

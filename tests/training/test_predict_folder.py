@@ -107,6 +107,8 @@ def test_folders_that_cannot_be_had(checkpoint, scans, tmp_path):
     assert "no scan given" in refused("predict", checkpoint, "-o", mask)
     assert "is a file: give a folder" in refused("predict", checkpoint, scans["t1"], "-o", mask)
     assert not mask.exists()
+    alone = patient(tmp_path / "alone", scans, t1="p_t1.nii.gz")
+    assert "is the scan of t1" in refused("predict", checkpoint, alone, "-o", alone / "p_t1.nii.gz")
 
 
 @pytest.mark.parametrize(("options", "value"), [((), 3), (("--et-value", 3), 3), (("--et-value", 4), 4)])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from models.card import Card
 from training.batch import REPORT, TABLE, Batch, Row, Segment, find_patients
@@ -35,18 +33,24 @@ def predict_batch(root: Path, out: Path, card: Card, settings: dict[str, Any], l
         todo = [patient for patient in patients if not batch.done(patient)]
         rows: list[Row] = []
         try:
-            with _stoppable(), Progress(*columns, console=console, transient=True) as progress:
+            with _Stop() as stop, Progress(*columns, console=console, transient=True) as progress:
                 bar = progress.add_task("patients", total=len(patients), completed=len(patients) - len(todo))
                 stage = progress.add_task("loading the model", total=1.0)
                 segment: Segment | None = None
                 for patient in todo:
                     segment = segment or load()
-                    row = batch.do(patient, segment, partial(_tell, progress, stage, patient.name))
+                    stop.here()
+
+                    def tell(what: str, fraction: float, name: str = patient.name) -> None:
+                        stop.here()
+                        progress.update(stage, description=f"{name}: {what}", completed=fraction)
+
+                    row = batch.do(patient, segment, tell)
                     rows.append(row)
                     progress.advance(bar)
                     progress.console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
-            batch.save()  # it may have been stopped between a mask and its row
+            batch.save()  # the row of a patient that was to be done anew is no longer true
             done = sum(map(batch.done, patients))
             console.print(f"stopped: {done} of {len(patients)} are done; the same command goes on", highlight=False)
             raise typer.Exit(INTERRUPTED) from None
@@ -59,10 +63,6 @@ def predict_batch(root: Path, out: Path, card: Card, settings: dict[str, Any], l
         raise typer.Exit(1)
 
 
-def _tell(progress: Progress, bar: TaskID, name: str, stage: str, fraction: float) -> None:
-    progress.update(bar, description=f"{name}: {stage}", completed=fraction)
-
-
 def _line(row: Row) -> str:
     taken = ", ".join(f"{name}: {file.path}" for name, file in row.files.items())
     left = f"; not taken: {', '.join(row.left)}" if row.left else ""
@@ -73,11 +73,29 @@ def _line(row: Row) -> str:
     return f"{row.patient}: {taken}{left}; {volumes}{warned}"
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM, as schedulers send it, is as Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Stop:
+    """Ctrl-C, or SIGTERM as schedulers send it: remembered until a moment at which no file is half written.
+
+    A second one ends at once; what it leaves half written has a hidden name, and the next run removes it.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def here(self) -> None:
+        """Raises `KeyboardInterrupt` if a stop was asked for."""
+        if self._asked:
+            raise KeyboardInterrupt

@@ -20,7 +20,7 @@ def info(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            help="A checkpoint folder, or a folder of such folders.  [default: the packaged ones]", show_default=False
+            help="A checkpoint folder, or a folder of such folders. Default: the packaged ones.", show_default=False
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,

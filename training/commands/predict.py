@@ -71,7 +71,7 @@ def predict(
     et_value: Annotated[
         int | None,
         typer.Option(
-            help="What the mask holds for enhancing tumour: 3 as BraTS since 2023, or 4 as before.  [default: 3]",
+            help="What masks hold for enhancing tumour: 3 as BraTS since 2023 (default), or 4 as before.",
             show_default=False,
         ),
     ] = None,
@@ -132,6 +132,9 @@ def predict(
             for line in (*scans.said, *scans.warnings):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             files = scans.files
+        same = next((name for name, file in files.items() if file.resolve() == output.resolve()), None)
+        if same is not None:
+            raise UserError(f"{output} is the scan of {same}: give the mask another name")
         segment = load()
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("loading", total=1.0)

@@ -104,6 +104,10 @@ def segment(
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="A volume of any modality of the model, by name.", show_default=False),
     ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="A patient's folder, instead: its scans are told by their names.", show_default=False),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Which model; see GET /models.", show_default=False)] = None,
     keep: Annotated[bool, typer.Option(help="Leave the job on the service instead of deleting it.")] = False,
     key_file: Annotated[
@@ -111,6 +115,9 @@ def segment(
     ] = None,
 ) -> None:
     """Send volumes of one patient to a service and get the mask, on the grid of the first volume given.
+
+    In a folder names are those of BraTS or BIDS, or end in a modality or alias of the model; the first volume is the
+    first there is in the model's order. What was taken for what is said; no name of a file is sent.
 
     Where the service asks for an API key, it is read from PASSION_KEY or a file: others can read a command line.
     Status 0: the mask is there and whole. 1: it is not, and it may be worth trying again. 2: the input was refused.
@@ -126,12 +133,14 @@ def segment(
                 _add(images, *_named_file(text))
         elif named.get(option) is not None:
             _add(images, option, named[option])
-    if not images:
-        give_up("give at least one volume, such as --flair flair.nii.gz or --image NAME=FILE", REFUSED)
+    if (folder is None) != bool(images):
+        few = "give at least one volume, such as --flair flair.nii.gz or --image NAME=FILE, or a --folder"
+        give_up("give --folder or volumes by name, not both" if images else few, REFUSED)
     if not out.name.endswith((".nii", ".nii.gz")):
         give_up(f"{out}: the mask's name must end in .nii.gz or .nii", REFUSED)
     if not out.parent.is_dir():
         give_up(f"{out.parent} is no folder: make it first", REFUSED)
+    images = images if folder is None else _found(folder, url, _key(key_file), model)
     job: dict[str, Any] | None = None
     with (
         Client(url, _key(key_file)) as client,
@@ -193,6 +202,24 @@ def _add(images: dict[str, Path], name: str, path: Path | None) -> None:
     if not path.is_file():
         give_up(f"{path}: no such file", REFUSED)
     images[name] = path
+
+
+def _found(folder: Path, url: str, key: str | None, model: str | None) -> dict[str, Path]:
+    """The scans in a patient's folder, by modality of the service's model; says what it took."""
+    from app.client import Client, ClientError
+    from app.names import FileNames, FolderError
+
+    try:
+        with Client(url, key) as client:
+            names = FileNames(client.modalities(model))
+        scans = names.find(folder)
+    except ClientError as error:
+        give_up(str(error), REFUSED if error.refused else NOT_DONE)
+    except FolderError as error:
+        give_up(str(error), REFUSED)
+    for line in (*scans.said, *scans.warnings):
+        print(line, file=sys.stderr)
+    return scans.files
 
 
 def _report(job: dict[str, Any], out: Path) -> None:

@@ -87,6 +87,19 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
+    def modalities(self, model: str | None) -> dict[str, list[str]]:
+        """What a model takes, by default the service's own choice: names to aliases, in the model's order."""
+        try:
+            served = self._answer(self._http.get("/models")).get("models", [])
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        chosen = next((m for m in served if (m["name"] == model if model else m["default"])), None)
+        if chosen is None:
+            names = ", ".join(m["name"] for m in served) or "there is none"
+            what = f"there is no model {model!r}" if model else "the service has no default model"
+            raise ClientError(f"{what}. Name one of: {names}", refused=True)
+        return {modality["name"]: modality["aliases"] for modality in chosen["modalities"]}
+
     def submit(self, images: Mapping[str, Path], model: str | None, on_bytes: OnBytes) -> dict[str, Any]:
         """Send the images, keyed by modality, in order. The names of the files stay here: they often name a patient."""
         # One name for however many attempts: if the answer to one is lost, the next one gets the same job.

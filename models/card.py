@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.task import Task
+from models.task import Task, first_problem
+
+CARD, WEIGHTS = "card.json", "weights.safetensors"
+"""The files of a checkpoint."""
+
+PACKAGED = Path(__file__).parent / "checkpoints"
+"""The folder of the checkpoints that ship with the package."""
 
 INTENDED_USE = (
     "Research on segmentation with missing modalities. Not a medical device: not for diagnosis, treatment or any other "
@@ -16,6 +23,10 @@ INTENDED_USE = (
 )
 
 EmptyRegion = Literal["published", "brats", "nan"]
+
+
+class CheckpointError(ValueError):
+    """A folder that is no whole checkpoint. The message says what is wrong with it."""
 
 
 class SubsetScore(BaseModel):
@@ -64,6 +75,16 @@ class Card(BaseModel):
     scores: Scores | None = None
     software: dict[str, str] = {}
     weights_sha256: str = ""
+
+
+def load_card(folder: Path) -> Card:
+    """Read and check card.json alone. Raises `CheckpointError`."""
+    try:
+        return Card.model_validate_json((folder / CARD).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: no checkpoint here: cannot read {CARD} ({error.strerror})") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}/{CARD}: {first_problem(error)}") from None
 
 
 def software_versions() -> dict[str, str]:

@@ -10,20 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from models.backbones import build
-from models.card import Card
-from models.task import first_problem
+from models.card import CARD, WEIGHTS, Card, CheckpointError, load_card
 
-CARD, WEIGHTS = "card.json", "weights.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A folder that is no whole checkpoint. The message says what is wrong with it."""
+__all__ = ["Checkpoint", "CheckpointError", "load_card", "recover", "save_card", "save_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -53,16 +47,6 @@ class Checkpoint:
         except Exception as error:  # safetensors and torch raise kinds of their own; all mean an unfit file
             raise CheckpointError(f"{folder}: the weights do not fit the card: {str(error).splitlines()[0]}") from error
         return cls(card, network.to(device).eval())
-
-
-def load_card(folder: Path) -> Card:
-    """Read and check card.json alone. Raises `CheckpointError`."""
-    try:
-        return Card.model_validate_json((folder / CARD).read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{folder}: no checkpoint here: cannot read {CARD} ({error.strerror})") from None
-    except ValidationError as error:
-        raise CheckpointError(f"{folder}/{CARD}: {first_problem(error)}") from None
 
 
 def save_checkpoint(folder: Path, card: Card, network: nn.Module, extra: Mapping[str, bytes] | None = None) -> Card:

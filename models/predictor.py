@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class Segmentation:
         comment = json.dumps({"task": self.task.name, "labels": names})
         image.header.extensions.append(Nifti1Extension("comment", comment.encode()))
         return image
+
+    def writing(self, values: Mapping[str, int]) -> Segmentation:
+        """The same with other file values, by label name. Raises `TaskError` for one the label is not read under."""
+        return replace(self, task=self.task.writing(values))
 
     def save(self, path: Path) -> None:
         """Write the mask (.nii or .nii.gz), whole or not at all."""

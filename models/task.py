@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.names import LABELS, FileNames
+
 TASKS = Path(__file__).parent / "tasks"
 
 Positive = Annotated[float, Field(gt=0)]
@@ -21,7 +23,7 @@ FileValue = Annotated[int, Field(ge=0, le=65535)]
 STORED = "stored"
 """The `orientation` of a task whose grid keeps the axes of the files as they are."""
 
-RESERVED = "seg"
+RESERVED = LABELS
 """What prepared data sets call the labels; no modality may have this name."""
 
 
@@ -143,6 +145,11 @@ class Task(_Frozen):
     def _by_any_name(self) -> dict[str, str]:
         return {n: m.name for m in self.modalities for n in (m.name, *m.aliases)}
 
+    @cached_property
+    def file_names(self) -> FileNames:
+        """What files of this task are called."""
+        return FileNames({m.name: m.aliases for m in self.modalities}, self.label_suffixes)
+
     def canonical(self, name: str) -> str:
         """The modality's own name for a name or alias, in any case. Raises `TaskError` for one not of the task."""
         try:
@@ -179,6 +186,19 @@ class Task(_Frozen):
         values = [lab.value for lab in self.labels]
         written: npt.NDArray[np.unsignedinteger] = np.array(values, np.min_scalar_type(max(values)))[classes]
         return written
+
+    def writing(self, values: Mapping[str, int]) -> Task:
+        """The same task writing other values of its labels, by label name. Raises `TaskError` for a label that is not
+        there, or that is not read under that value."""
+        places = {label.name: index for index, label in enumerate(self.labels)}
+        for name, value in values.items():
+            if name not in places:
+                raise TaskError(f"task {self.name} has no label {name!r}: it has {', '.join(places)}")
+            label = self.labels[places[name]]
+            if value not in (label.value, *label.also_read):
+                known = " or ".join(map(str, sorted((label.value, *label.also_read))))
+                raise TaskError(f"{name} of task {self.name} cannot be written as {value}: its value is {known}")
+        return self.with_label_values({places[name]: value for name, value in values.items()})
 
     def with_label_values(self, values: Mapping[int, int]) -> Task:
         """The same task writing other file values, by class index; a value given up stays readable."""

@@ -12,6 +12,7 @@ from training.commands.evaluate import evaluate
 from training.commands.experiment import experiment
 from training.commands.export import export
 from training.commands.import_ import import_
+from training.commands.info import info
 from training.commands.phantom import phantom
 from training.commands.predict import predict
 from training.commands.prepare import prepare
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (phantom, prepare, split, train, evaluate, predict, experiment, backbones):
+for command in (phantom, prepare, split, train, evaluate, predict, info, experiment, backbones):
     app.command()(command)
 app.command("import")(import_)
 app.command()(export)

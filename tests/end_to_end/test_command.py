@@ -1,6 +1,7 @@
 """`passion-server segment`: what it says and how it ends."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +36,48 @@ def test_writes_the_mask_and_says_what_to_expect(stack, files, tmp_path):
         assert words in " ".join(done.stdout.split()), words
     assert os.listdir(tmp_path) == ["mask.nii.gz"]
     assert stack.on_store() == before, "the job was not deleted"
+
+
+@pytest.fixture
+def patient(files, tmp_path):
+    """A BIDS folder of the patient, with a mask beside the scans."""
+    folder = tmp_path / "patient"
+    (folder / "anat").mkdir(parents=True)
+    shutil.copy(files["t1"], folder / "anat" / "sub-01_T1w.nii.gz")
+    shutil.copy(files["flair"], folder / "anat" / "sub-01_FLAIR.nii.gz")
+    (folder / "anat" / "sub-01_mask.nii.gz").write_bytes(b"")
+    return folder
+
+
+def test_takes_a_folder_and_says_what_for_what(stack, files, patient, tmp_path):
+    done = command("--folder", patient, "-o", tmp_path / "folder.nii.gz", url=stack.url)
+    assert done.returncode == 0, done.stderr
+    said = (
+        "flair: anat/sub-01_FLAIR.nii.gz",
+        "t1: anat/sub-01_T1w.nii.gz",
+        "not taken: anat/sub-01_mask.nii.gz (labels, no scan)",
+    )
+    assert done.stderr.splitlines()[:3] == list(said)
+    mask, _ = stack.mask({name: files[name] for name in ("flair", "t1")})
+    assert (tmp_path / "folder.nii.gz").read_bytes() == mask
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ([], 2, "two files for t1: anat/sub-01_T1w.nii.gz and sub-01_t1.nii; keep one, or name the scans with --image"),
+        (["--t1", "{folder}/anat/sub-01_T1w.nii.gz"], 2, "give --folder or volumes by name, not both"),
+        (["--model", "none"], 2, "there is no model 'none'. Name one of: tiny"),
+        (["--url", "http://127.0.0.1:1"], 1, "cannot reach http://127.0.0.1:1"),
+    ],
+)
+def test_folders_that_are_refused(stack, patient, tmp_path, arguments, status, words):
+    (patient / "sub-01_t1.nii").write_bytes(b"")
+    given = [a.format(folder=patient) for a in arguments]
+    done = command("--folder", patient, "-o", tmp_path / "m.nii.gz", *given, url=stack.url)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "m.nii.gz").exists()
 
 
 def test_keeps_the_job_if_asked(stack, files, tmp_path):

@@ -130,6 +130,14 @@ def test_namings(tmp_path, out, style, new):
     assert case.record["label_voxels"][3] == (phantom().labels == 4).sum()
 
 
+def test_names_of_bids(tmp_path, out):
+    names = {"flair": "FLAIR", "t1ce": "ce-gd_run-1_T1w", "t1": "run-1_T1w", "t2": "acq-3d_T2w", "seg": "seg"}
+    for what, data in {**phantom().images, "seg": phantom().labels}.items():
+        save(tmp_path / "source" / "sub-01" / "anat" / f"sub-01_{names[what]}.nii.gz", data, phantom().affine)
+    assert prepare_dataset(tmp_path / "source", out, TASK).prepared == ["sub-01"]
+    assert PreparedDataset.open(out).case("sub-01").modalities == list(TASK.names)
+
+
 def test_case_of_letters_does_not_matter(tmp_path, out):
     folder = brats(tmp_path / "source", "A", style="{id}_{what}.nii")
     for path in list(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Subjects in a folder of scans: named as BraTS names them, or in nnU-Net's layout."""
+"""Subjects in a folder of scans: named as BraTS or BIDS names them, or in nnU-Net's layout."""
 
 from __future__ import annotations
 
@@ -26,27 +26,23 @@ def find_cases(source: Path, task: Task) -> list[RawCase]:
 
     Reads nnU-Net's layout where `source` has its dataset.json (`training.prepare.nnunet`), else
     `<id>_<modality>.nii.gz` and `<id>-<modality>.nii`, in any case, under any alias of the task, at any depth (HGG and
-    LGG folders included), and `<modality>.nii.gz` in a folder named for the subject. Labels have a suffix of the
-    task's `label_suffixes`, and may lie in a folder of their own. Other files are no concern of ours. Raises
-    `UserError` where nothing is found.
+    LGG folders included), BIDS's names (`models.names`), and `<modality>.nii.gz` in a folder named for the subject.
+    Labels have a suffix of the task's `label_suffixes`, and may lie in a folder of their own. Other files are no
+    concern of ours. Raises `UserError` where nothing is found.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
     if is_nnunet(source):
         return find_nnunet_cases(source, task)
-    suffixes = {n: m.name for m in task.modalities for n in (m.name, *m.aliases)}
-    suffixes |= dict.fromkeys(task.label_suffixes, RESERVED)
-    longest_first = "|".join(sorted(map(re.escape, suffixes), key=len, reverse=True))
-    pattern = re.compile(rf"(?:(?P<id>.+)[_-])?(?P<what>{longest_first})\.nii(?:\.gz)?", re.IGNORECASE)
     found: dict[tuple[Path, str], _Found] = {}
     odd_labels: dict[Path, list[Path]] = {}
     for folder, names in _walk(source):
         for name in names:
-            match = pattern.fullmatch(name)
-            if match:
-                case = match["id"] or folder.resolve().name
+            named = task.file_names.read(name)
+            if named:
+                case = named.subject or folder.resolve().name
                 files = found.setdefault((folder, case), _Found(folder)).files
-                files.setdefault(suffixes[match["what"].lower()], []).append(folder / name)
+                files.setdefault(named.what, []).append(folder / name)
             elif re.fullmatch(r".*[_-]segm\.nii(\.gz)?", name, re.IGNORECASE):
                 odd_labels.setdefault(folder, []).append(folder / name)
     if not found:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MODEL_FIELD = "model"
+MODEL_FIELD, PROBABILITIES_FIELD = "model", "probabilities"
 MAX_MODEL_NAME = 128
+MAX_CHOICE = 16
+CHOICES = {"true": True, "false": False}
 BUFFER = 1 << 20
 """Bytes of one part in memory before they are written, and so of one upload."""
 
@@ -53,8 +55,10 @@ class Accepted:
     model: str
     card: ModelCard
     inputs: tuple[InputFile, ...]
+    probabilities: bool
     fingerprint: str
-    """Hex SHA-256 of what was sent: equal for the same model and the same bytes as the same modalities in order."""
+    """Hex SHA-256 of what was sent: equal for the same model, the same options and the same bytes as the same
+    modalities in order."""
 
 
 async def receive(request: Request, service: Service, folder: Path) -> Accepted:
@@ -101,6 +105,7 @@ class _Upload:
         self._folder = folder
         self._total = 0
         self._model: str | None = None
+        self._probabilities: bool | None = None
         self._received: list[Received] = []
         self._part: PartBegins | None = None
         self._file: BinaryIO | None = None
@@ -123,6 +128,10 @@ class _Upload:
             if self._model is not None:
                 raise Problem("unknown-model", "the model is named twice", "Name one model.", field=MODEL_FIELD)
             return
+        if part.name == PROBABILITIES_FIELD:
+            if self._probabilities is not None:
+                raise _not_a_choice("is there twice")
+            return
         self._refuse_strangers(part.name)
         if part.is_blank_choice:
             return
@@ -139,6 +148,10 @@ class _Upload:
                 raise Problem(
                     "unknown-model", "the model's name is too long", "GET /models lists them.", field=MODEL_FIELD
                 )
+            return
+        if self._part.name == PROBABILITIES_FIELD:
+            if self._size > MAX_CHOICE:
+                raise _not_a_choice("is neither")
             return
         if self._file is None:
             raise Problem(
@@ -158,6 +171,10 @@ class _Upload:
         assert self._part is not None
         if self._part.name == MODEL_FIELD:
             self._model = self._buffer.decode("utf-8", "replace").strip()
+        elif self._part.name == PROBABILITIES_FIELD:
+            self._probabilities = CHOICES.get(self._buffer.decode("utf-8", "replace"))
+            if self._probabilities is None:
+                raise _not_a_choice("is neither")
         elif self._file is not None:
             await self._flush()
             await self.close()
@@ -207,7 +224,8 @@ class _Upload:
                 "Send images of one session; register them to each other if their headers disagree.",
                 field=_short(other),
             )
-        return Accepted(name, card, tuple(inputs), _fingerprint(name, files))
+        probabilities = bool(self._probabilities)
+        return Accepted(name, card, tuple(inputs), probabilities, _fingerprint(name, files, probabilities))
 
     async def _check(self, received: Received, filename: str) -> Scan:
         clean = self._folder / filename
@@ -291,9 +309,20 @@ def _exchange(sent: Path, clean: Path, limits: Settings) -> Scan:
     return scan
 
 
-def _fingerprint(model: str, files: dict[str, Received]) -> str:
-    sent = [model, [[modality, received.sha256.hexdigest()] for modality, received in files.items()]]
+def _fingerprint(model: str, files: dict[str, Received], probabilities: bool) -> str:
+    sent: list[object] = [model, [[modality, received.sha256.hexdigest()] for modality, received in files.items()]]
+    if probabilities:  # what asks for nothing more has the fingerprint that it always had
+        sent.append(PROBABILITIES_FIELD)
     return hashlib.sha256(json.dumps(sent).encode()).hexdigest()
+
+
+def _not_a_choice(what: str) -> Problem:
+    return Problem(
+        "invalid-request",
+        f"{PROBABILITIES_FIELD} takes true or false, and {what}",
+        "Send it once, or leave it out for false.",
+        field=PROBABILITIES_FIELD,
+    )
 
 
 def _scan_problem(field: str, error: ScanError) -> Problem:

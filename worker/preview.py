@@ -23,7 +23,8 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 SIDE, FOOT = 280, 24
 """Pixels. With one byte for each, a picture is less than 300 KB however little of it can be compressed."""
 MARGIN = 9
-"""Pixels from an edge to the middle of its letter."""
+"""Pixels from an edge to the middle of its letter, and on to where an image may begin."""
+ROOM = SIDE - 4 * MARGIN
 VIEWS = ((2, "RLAP"), (1, "RLSI"), (0, "APSI"))
 """Axial, coronal, sagittal: the axis (of R, A, S) that is cut, and what lies left, right, above and below. The
 patient's right is on the left, as if seen from the feet or from the front."""
@@ -71,8 +72,9 @@ def save_preview(backdrop: Backdrop, segmentation: Segmentation, path: Path) -> 
 
 
 def draw(backdrop: Backdrop, segmentation: Segmentation) -> Image.Image:
-    """(3 * SIDE) x (SIDE + FOOT) pixels. Where an axis is cut, most voxels of its slice are labelled; the middle of
-    the image if none is anywhere. Raises ValueError for an image that is not on the mask's grid."""
+    """(3 * SIDE) x (SIDE + FOOT) pixels, without the empty space around the head. Where an axis is cut, most voxels of
+    its slice are labelled; the middle of the head if none is anywhere. Raises ValueError for an image that is not on
+    the mask's grid."""
     if backdrop.grey.shape != segmentation.classes.shape:
         raise ValueError("the image is not on the mask's grid")
     canvas = np.zeros((SIDE + FOOT, SIDE * len(VIEWS)), np.uint8)
@@ -105,12 +107,14 @@ def _planes(grey: Bytes, segmentation: Segmentation) -> Iterator[tuple[Bytes, By
     zooms = np.array(segmentation.grid.zooms)[np.argsort(to_ras[:, 0])]
     image: Bytes = apply_orientation(grey, to_ras)
     classes: Bytes = apply_orientation(segmentation.classes, to_ras)
+    head = _box((image != 0) | (classes != 0))
+    image, classes = image[head], classes[head]
     sizes = zooms * image.shape
-    scale = SIDE / float(sizes.max())
+    scale = ROOM / float(sizes.max())
     labelled = classes != 0
     for axis, letters in VIEWS:
         across, up = (a for a in range(3) if a != axis)
-        index = _middle(image != 0, axis) if segmentation.empty else int(labelled.sum((across, up)).argmax())
+        index = image.shape[axis] // 2 if segmentation.empty else int(labelled.sum((across, up)).argmax())
         width, height = (max(1, round(float(sizes[a]) * scale)) for a in (across, up))
         of_image = _cut(image, axis, index).resize((width, height), Image.Resampling.BILINEAR)
         of_classes = _cut(classes, axis, index).resize((width, height), Image.Resampling.NEAREST)
@@ -122,9 +126,13 @@ def _cut(volume: Bytes, axis: int, index: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.take(volume, index, axis)[::-1, ::-1].T))
 
 
-def _middle(shown: Bools, axis: int) -> int:
-    found = np.flatnonzero(shown.any(axis=tuple(a for a in range(3) if a != axis)))
-    return int(found[0] + found[-1]) // 2 if len(found) else shown.shape[axis] // 2
+def _box(shown: Bools) -> tuple[slice, ...]:
+    """What of an image is not empty space around it; all of it if there is nothing else."""
+    places = []
+    for axis, size in enumerate(shown.shape):
+        found = np.flatnonzero(shown.any(axis=tuple(a for a in range(3) if a != axis)))
+        places.append(slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, size))
+    return tuple(places)
 
 
 def _coloured(grey: Bytes, classes: Bytes, task: Task) -> Bytes:

@@ -11,7 +11,7 @@ from scans import image
 from models.predictor import Segmentation
 from models.task import Task
 from models.volume import Grid, Volume
-from worker.preview import COLOURS, FOOT, GREYS, SIDE, Backdrop, draw, save_preview
+from worker.preview import COLOURS, FOOT, GREYS, ROOM, SIDE, Backdrop, draw, save_preview
 
 GLIOMA = Task.load("glioma")
 SHAPE = (40, 48, 32)
@@ -63,21 +63,21 @@ def test_regions_have_their_colours_and_the_smaller_lies_on_the_larger():
         assert (rgb == colour).all(-1).any()
     assert not (rgb == COLOURS[3]).all(-1).any()
     coloured = np.ptp(rgb, axis=-1) > 20
-    scale = SIDE / max(SHAPE)
-    # 10 x 12 voxels of the tumour in the axial slice, as far as they do not cover a letter.
+    scale = ROOM / 40
+    # 10 x 12 voxels of the tumour in the axial slice, in a head of 32 x 40.
     assert coloured.sum() == pytest.approx(10 * 12 * scale**2, rel=0.1)
     ys, xs = np.nonzero(coloured)
-    top = (SIDE - SHAPE[1] * scale) / 2
-    left = (SIDE - SHAPE[0] * scale) / 2
-    assert (xs.min(), xs.max()) == pytest.approx((left + 6 * scale, left + 16 * scale), abs=2)
-    assert (ys.min(), ys.max()) == pytest.approx((top + 6 * scale, top + 18 * scale), abs=2)
+    top = (SIDE - 40 * scale) / 2
+    left = (SIDE - 32 * scale) / 2
+    assert (xs.min(), xs.max()) == pytest.approx((left + 2 * scale, left + 12 * scale), abs=2)
+    assert (ys.min(), ys.max()) == pytest.approx((top + 2 * scale, top + 14 * scale), abs=2)
 
 
 def test_pixels_are_square_millimetres():
     axial, coronal, _ = panels(draw(*case(zooms=(1.0, 1.0, 4.0))))
-    height, width = (np.ptp(np.nonzero(coronal[20:-20, 20:-20])[axis]) for axis in (0, 1))
+    height, width = (np.ptp(np.nonzero(coronal[18:-18, 18:-18])[axis]) for axis in (0, 1))
     assert height / width == pytest.approx(26 * 4 / 32, rel=0.1)
-    assert np.ptp(np.nonzero(axial[20:-20, 20:-20])[1]) == pytest.approx(32 / 128 * SIDE, abs=4)
+    assert np.ptp(np.nonzero(axial[18:-18, 18:-18])[1]) == pytest.approx(32 / (26 * 4) * ROOM, abs=4)
 
 
 def test_without_a_tumour_the_middle_and_no_colours():

@@ -48,10 +48,12 @@ class RegionProbabilities:
     """(C, X, Y, Z) of the intake's box."""
     intake: Intake
     """Without its images."""
+    grid: Grid
+    """The mask's."""
     task: Task
 
     def of(self, region: str) -> npt.NDArray[np.float32]:
-        """(X, Y, Z) on the first given volume's grid, 0 to 1: the sum over the region's classes. KeyError for a name
+        """(X, Y, Z) on the mask's grid, 0 to 1: the sum over the region's classes. KeyError for a name
         that is none of the task's."""
         labels = {r.name: r.labels for r in self.task.regions}[region]
         return self.intake.restore_region(self.of_classes, labels)
@@ -59,7 +61,7 @@ class RegionProbabilities:
     def save(self, region: str, path: Path) -> None:
         """Write a region (.nii or .nii.gz), whole or not at all: uint8, of which `scl_slope` makes 0 to 1 in steps of
         1/255; NIfTI has no float16, and float32 would be four times as large."""
-        image = self.intake.working.reference.image(np.rint(self.of(region) * 255).astype(np.uint8))
+        image = self.grid.image(np.rint(self.of(region) * 255).astype(np.uint8))
         image.header.set_slope_inter(1 / 255, 0)
         image.header.set_intent("estimate", name=region[:16], allow_unknown=False)
         image.header["cal_max"] = 1
@@ -191,7 +193,7 @@ class Predictor:
         del volumes  # the working copies are all that is needed from here on
         found = self.probabilities(intake, lambda fraction: report("segmenting", fraction))
         report("restoring", 0.0)
-        kept = RegionProbabilities(found, intake.without_images(), self.task) if probabilities else None
+        kept = RegionProbabilities(found, intake.without_images(), grid, self.task) if probabilities else None
         segmentation = Segmentation(intake.restore(found), grid, self.task, kept)
         report("restoring", 1.0)
         return segmentation

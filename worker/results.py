@@ -32,6 +32,8 @@ class Results:
         self._blobs = blobs
         self._card = card
         self._facts: dict[str, Facts] = {}
+        self._reference = job.given[0]
+        """Whose grid the mask is on."""
         self._backdrop: Backdrop | None = None
         self.warnings: list[str] = []
         """For the reader of the mask."""
@@ -41,7 +43,7 @@ class Results:
 
     def look(self, modality: str, volume: Volume) -> None:
         """At an image, in the order given. Once more if the images are read once more."""
-        if modality == self._job.given[0] and self._backdrop is None:
+        if modality == self._reference and self._backdrop is None:
             self._backdrop = _attempted("backdrop", lambda: Backdrop.of(modality, volume))
         facts = _attempted("facts", lambda: Facts.of(volume, self._card.task))
         if facts is not None:

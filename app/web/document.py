@@ -11,7 +11,7 @@ from app.jobs.cards import CardError, ModelCard
 from app.web.origin import SAFE
 from app.web.problems import ProblemDocument, problems_of
 from app.web.service import Service
-from app.web.upload import CHOICES, MODEL_FIELD, PROBABILITIES_FIELD
+from app.web.upload import MODEL_FIELD, PROBABILITIES_FIELD, TRUTHS
 
 ANYWHERE = ("not-http", "wrong-host", "busy", "internal")
 """What any request may be answered with, whatever its route: by what stands around the routes."""
@@ -72,7 +72,7 @@ def _form(service: Service) -> dict[str, Any]:
         choice["default"] = default
     probabilities = {
         "type": "string",
-        "enum": sorted(CHOICES),
+        "enum": list(TRUTHS),
         "default": "false",
         "description": "Whether to keep how probable each region is, for GET /jobs/{job_id}/probabilities.",
     }

@@ -8,8 +8,8 @@ come through here, so a network is served what it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import nibabel as nib
@@ -132,7 +132,7 @@ class Box:
         cut[place] = data[inside]
         return cut
 
-    def paste(self, box: Classes, shape: tuple[int, int, int]) -> Classes:
+    def paste(self, box: npt.NDArray[Value], shape: tuple[int, int, int]) -> npt.NDArray[Value]:
         """The inverse of `cut`: a volume of `shape`, 0 outside the box."""
         inside, place = self._overlap(shape)
         whole = np.zeros(shape, box.dtype)
@@ -164,6 +164,39 @@ class Intake:
         """
         if not self.working.resampled:
             return self.restore_classes(largest(probabilities))
+        classes = np.zeros(self.working.reference.shape, np.uint8)
+        place, bring = self._way_back()
+        part = np.zeros(classes[place].shape, np.uint8)
+        best = np.full(part.shape, -np.inf, np.float32)
+        for index, probability in enumerate(probabilities):
+            resampled = bring(probability)
+            better = resampled > best
+            best[better] = resampled[better]
+            part[better] = index
+        classes[place] = part
+        return classes
+
+    def restore_region(self, probabilities: Float, labels: Sequence[int]) -> Float:
+        """Class probabilities (C, X, Y, Z) of the box -> the probability of any of some classes, by index, on the
+        reference volume's own grid, 0 outside the box; as exact as `restore`."""
+        first, *others = labels
+        region = probabilities[first].copy()
+        for index in others:
+            region += probabilities[index]
+        np.clip(region, 0, 1, out=region)  # the sum's rounding
+        if not self.working.resampled:
+            return self._replaced(region)
+        whole = np.zeros(self.working.reference.shape, np.float32)
+        place, bring = self._way_back()
+        whole[place] = bring(region)
+        return whole
+
+    def without_images(self) -> Intake:
+        """What the way back needs, and no voxels."""
+        return replace(self, arrays={})
+
+    def _way_back(self) -> tuple[tuple[slice, ...], Callable[[Float], Float]]:
+        """The part of the reference's grid that the box reaches, and what resamples a volume of the box to it."""
         reference = self.working.reference
         box_affine = self.working.affine @ nib.affines.from_matvec(np.eye(3), self.box.start)
         to_reference = np.linalg.inv(reference.affine) @ box_affine
@@ -171,24 +204,21 @@ class Intake:
         reached = nib.affines.apply_affine(to_reference, corners.T)
         low = np.clip(np.ceil(reached.min(0) - 1e-6), 0, reference.shape).astype(int)
         high = np.clip(np.floor(reached.max(0) + 1e-6) + 1, low, reference.shape).astype(int)
-        classes = np.zeros(reference.shape, np.uint8)
-        part_affine = reference.affine @ nib.affines.from_matvec(np.eye(3), low)
-        best = np.full(_triple(high - low), -np.inf, np.float32)
-        part = np.zeros(best.shape, np.uint8)
-        for index, probability in enumerate(probabilities):
-            image = nib.Nifti1Image(probability, box_affine)
-            target = (best.shape, part_affine)
-            resampled = np.asarray(resample_from_to(image, target, order=1, mode="nearest").dataobj, np.float32)
-            better = resampled > best
-            best[better] = resampled[better]
-            part[better] = index
-        classes[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = part
-        return classes
+        target = (_triple(high - low), reference.affine @ nib.affines.from_matvec(np.eye(3), low))
+
+        def bring(values: Float) -> Float:
+            image = nib.Nifti1Image(values, box_affine)
+            return np.asarray(resample_from_to(image, target, order=1, mode="nearest").dataobj, np.float32)
+
+        return tuple(slice(a, b) for a, b in zip(low, high, strict=True)), bring
 
     def restore_classes(self, classes: Classes) -> Classes:
         """Class indices (X, Y, Z) of the box -> the reference volume's grid, exactly; for grids not resampled."""
+        return self._replaced(classes)
+
+    def _replaced(self, box: npt.NDArray[Value]) -> npt.NDArray[Value]:
         back = ornt_transform(io_orientation(self.working.affine), io_orientation(self.working.reference.affine))
-        whole = self.box.paste(classes, self.working.shape)
+        whole = self.box.paste(box, self.working.shape)
         return np.ascontiguousarray(apply_orientation(whole, back))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.backbone import Mask
 from models.backbones import BACKBONES
+from models.card import Card
 from models.checkpoint import Checkpoint
 from models.heap import kept_heap
 from models.intake import Intake, normalised, take_in
@@ -36,6 +37,35 @@ MOST_AT_A_TIME = 16
 MOST_LANES = 4
 """Windows side by side on a CPU; each takes some 300 MB."""
 Progress = Callable[[str, float], None]
+OnVolume = Callable[[str, Volume], None]
+
+
+@dataclass(frozen=True)
+class RegionProbabilities:
+    """How probable each region is, brought to the patient's own grid one region at a time."""
+
+    of_classes: npt.NDArray[np.float32]
+    """(C, X, Y, Z) of the intake's box."""
+    intake: Intake
+    """Without its images."""
+    grid: Grid
+    """The mask's."""
+    task: Task
+
+    def of(self, region: str) -> npt.NDArray[np.float32]:
+        """(X, Y, Z) on the mask's grid, 0 to 1: the sum over the region's classes. KeyError for a name
+        that is none of the task's."""
+        labels = {r.name: r.labels for r in self.task.regions}[region]
+        return self.intake.restore_region(self.of_classes, labels)
+
+    def save(self, region: str, path: Path) -> None:
+        """Write a region (.nii or .nii.gz), whole or not at all: uint8, of which `scl_slope` makes 0 to 1 in steps of
+        1/255; NIfTI has no float16, and float32 would be four times as large."""
+        image = self.grid.image(np.rint(self.of(region) * 255).astype(np.uint8))
+        image.header.set_slope_inter(1 / 255, 0)
+        image.header.set_intent("estimate", name=region[:16], allow_unknown=False)
+        image.header["cal_max"] = 1
+        save_image(image, path)
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,8 @@ class Segmentation:
     """(X, Y, Z) class indices on the first given volume's grid."""
     grid: Grid
     task: Task
+    probabilities: RegionProbabilities | None = None
+    """If they were asked for."""
 
     @property
     def volumes_ml(self) -> dict[str, float]:
@@ -117,6 +149,11 @@ class Predictor:
         self._checkpoint = checkpoint
         self._network: Any = checkpoint.network.to(self.device).eval()
 
+    @property
+    def card(self) -> Card:
+        """What the checkpoint says of itself."""
+        return self._checkpoint.card
+
     def leaner(self) -> Predictor:
         """The same network on the same device in less memory: one window at a time, half as large along each axis where
         the backbone can and trained patches have more than its least. Masks of smaller windows differ a little."""
@@ -127,12 +164,21 @@ class Predictor:
         overlap, precision = self.overlap, self.precision
         return Predictor(self._checkpoint, self.device, overlap=overlap, window=window, precision=precision, batch=1)
 
-    def segment(self, files: Mapping[str, Path | Volume], on_progress: Progress | None = None) -> Segmentation:
+    def segment(
+        self,
+        files: Mapping[str, Path | Volume],
+        on_progress: Progress | None = None,
+        *,
+        on_volume: OnVolume = lambda _name, _volume: None,
+        probabilities: bool = False,
+    ) -> Segmentation:
         """Segment a patient from any non-empty subset of modalities.
 
         `files` is keyed by modality name or alias; the mask comes back on the first one's grid. `on_progress(stage,
-        fraction)` is called along the way and may raise to stop. Raises `TaskError` for modalities that are not the
-        task's and `VolumeError`, naming the modality, for images that cannot be used.
+        fraction)` is called along the way and may raise to stop; `on_volume(modality, volume)` sees each volume as it
+        was given. `probabilities`: whether the answer keeps the regions' (a few bytes per voxel of the brain). Raises
+        `TaskError` for modalities that are not the task's and `VolumeError`, naming the modality, for images that
+        cannot be used.
         """
         report = on_progress or (lambda _stage, _fraction: None)
         if not files:
@@ -144,13 +190,15 @@ class Predictor:
             if name in volumes:
                 raise TaskError(f"{name} is given twice (a name and an alias of it)")
             volumes[name] = file if isinstance(file, Volume) else _load(name, file)
+            on_volume(name, volumes[name])
         report("normalising", 0.0)
         intake = take_in(volumes, self.task, self.window)
         grid = intake.working.reference
         del volumes  # the working copies are all that is needed from here on
-        probabilities = self.probabilities(intake, lambda fraction: report("segmenting", fraction))
+        found = self.probabilities(intake, lambda fraction: report("segmenting", fraction))
         report("restoring", 0.0)
-        segmentation = Segmentation(intake.restore(probabilities), grid, self.task)
+        kept = RegionProbabilities(found, intake.without_images(), grid, self.task) if probabilities else None
+        segmentation = Segmentation(intake.restore(found), grid, self.task, kept)
         report("restoring", 1.0)
         return segmentation
 

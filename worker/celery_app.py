@@ -86,10 +86,11 @@ app.steps["consumer"].add(Consuming)
 
 @signals.worker_process_init.connect
 def import_torch(**_: Any) -> None:
-    """Import torch in each child (never in the parent) before it takes a job: an import that a time limit interrupts
-    half-way cannot be done again in the same process. A precision that the device lacks is told now."""
+    """Import torch, and all that segments, in each child (never in the parent) before it takes a job: an import that a
+    time limit interrupts half-way cannot be done again in the same process. A precision that the device lacks is told
+    now."""
     try:
-        importlib.import_module("models.predictor")
+        importlib.import_module("worker.results")
         importlib.import_module("models.precision").check_precision(settings.precision, pick_device(settings.device))
     except ValueError as error:  # every job meets it again, and fails with this reason
         log.error("jobs will fail", reason=str(error))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
-from app.jobs.cards import ModelShelf
+from app.jobs.cards import CARD, ModelShelf
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
@@ -44,6 +45,10 @@ class Checkpoints:
             self._loaded.pop(name, None)  # let go of the old weights before the new ones come in
             loaded = self._loaded[name] = (card.weights_sha256, self._load(self._shelf.folder(name)))
         return loaded
+
+    def card_sha256(self, name: str) -> str:
+        """Hex SHA-256 of a model's card.json as it is now. Raises `OSError`."""
+        return hashlib.sha256((self._shelf.folder(name) / CARD).read_bytes()).hexdigest()
 
     def leaner(self, predictor: Predictor) -> Predictor:
         """One that does the same with less memory; what the device still holds for the last attempt is let go of."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import signals
@@ -26,6 +26,9 @@ from worker.gpu import tell_memory
 from worker.progress import Progress
 from worker.reasons import out_of_memory, reason, something_wrong, time_limit_reached
 from worker.signs import SignsOfLife
+
+if TYPE_CHECKING:
+    from models.predictor import Segmentation
 
 log = structlog.get_logger("worker")
 
@@ -114,12 +117,19 @@ def _attempt(job: Job, desk: Desk) -> None:
 
 
 def _segment(job: Job, desk: Desk) -> None:
+    from worker.results import Results  # not in the parent, which needs neither numpy nor Pillow nor torch
+
     progress = Progress(desk.jobs, job)
     weights, predictor = desk.checkpoints.get(job.model)
     files, mask = desk.blobs.inputs(job), desk.blobs.mask(job)
     warnings: list[str] = []
+    results = Results(job, desk.blobs, predictor.card)
+
+    def segmented() -> Segmentation:
+        return predictor.segment(files, progress, on_volume=results.look, probabilities=job.probabilities)
+
     try:
-        segmentation = predictor.segment(files, progress)
+        segmentation = segmented()
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -129,17 +139,27 @@ def _segment(job: Job, desk: Desk) -> None:
             f"The device's memory did not suffice: done in windows of {' x '.join(map(str, predictor.window))} voxels. "
             "The mask may differ a little from the usual one."
         )
-        segmentation = predictor.segment(files, progress)
+        segmentation = segmented()
     progress.stage("saving")
     segmentation.save(mask)
+    results.write(segmentation, lambda: desk.checkpoints.card_sha256(job.model))
     progress.stage("")
-    done = desk.jobs.succeed(job, segmentation.volumes_ml, weights, seconds=progress.seconds, warnings=warnings)
+    done = desk.jobs.succeed(
+        job,
+        segmentation.volumes_ml,
+        weights,
+        seconds=progress.seconds,
+        warnings=[*warnings, *results.warnings],
+        origin=results.origin,
+        previewed=results.previewed,
+        probability_regions=results.probability_regions,
+    )
     note(state=done.state)
     log.info("job succeeded", seconds=progress.seconds, attempts=done.attempts)
 
 
 def _fail(job: Job, desk: Desk, failure: Failure) -> None:
-    desk.blobs.discard_mask(job)
+    desk.blobs.discard_results(job)
     try:
         desk.jobs.fail(job, failure)
     except JobOverError:
@@ -170,4 +190,4 @@ def _stop(job: Job, desk: Desk) -> None:
     if cancelled:
         desk.blobs.delete(job.id)
     else:
-        desk.blobs.discard_mask(job)
+        desk.blobs.discard_results(job)

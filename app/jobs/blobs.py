@@ -20,7 +20,8 @@ _NAME = re.compile(rf"(?:{re.escape(INCOMING)})?(?P<job>{_ID})|{re.escape(DOOMED
 
 class BlobStore:
     """`<root>/<job id>/input/<modality>.nii.gz` and `<root>/<job id>/output/mask-<run>.nii.gz`: each run has a mask of
-    its own, so that one which was thought dead cannot replace its successor's.
+    its own, so that one which was thought dead cannot replace its successor's. Beside it, in the run's name too, lie
+    `preview-<run>.png` and `probability-<place among the regions>-<run>.nii.gz`.
 
     A folder whose name starts with a dot is being filled or being deleted; one without is whole. Both changes are one
     rename, so a reader sees all of a job's files or none. Methods raise `OSError` as the file system does.
@@ -58,12 +59,22 @@ class BlobStore:
 
     def mask(self, job: Job) -> Path:
         """Where the mask of the job's run is, or will be."""
-        return self.root / job.id / "output" / f"mask-{job.run}.nii.gz"
+        return self._output(job) / f"mask-{job.run}.nii.gz"
 
-    def discard_mask(self, job: Job) -> None:
-        """Remove the mask of a run that came to nothing; quiet if there is none."""
+    def preview(self, job: Job) -> Path:
+        """Where the picture of the run's mask is, or will be."""
+        return self._output(job) / f"preview-{job.run}.png"
+
+    def probability(self, job: Job, place: int) -> Path:
+        """Where the probabilities of a region are, or will be, by its place among the job's. The name of a region is
+        the model's, and no name for a file."""
+        return self._output(job) / f"probability-{place}-{job.run}.nii.gz"
+
+    def discard_results(self, job: Job) -> None:
+        """Remove all that a run that came to nothing has written; quiet if there is nothing."""
         with suppress(OSError):
-            self.mask(job).unlink(missing_ok=True)
+            for path in list(self._output(job).glob(f"*-{job.run}.*")):
+                path.unlink(missing_ok=True)
 
     def folders(self, older_than: float) -> Iterator[tuple[str, Path]]:
         """All folders whose last change (of the folder itself) is more than `older_than` seconds ago, each with the id
@@ -86,6 +97,9 @@ class BlobStore:
                 return
             folder = doomed
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _output(self, job: Job) -> Path:
+        return self.root / job.id / "output"
 
     def _incoming(self, job_id: str) -> Path:
         return self.root / f"{INCOMING}{job_id}"

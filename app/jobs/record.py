@@ -68,6 +68,32 @@ class Expectation(_Record):
     """Mean Dice per region, 0..1; None where it is undefined."""
 
 
+class MaskGrid(_Record):
+    """Where the voxels of a mask are: the grid of the first image given."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    axes: str
+    """The direction in which each axis grows, of R/L, A/P and S/I; the closest ones where the scan is oblique."""
+    voxel_ml: float
+
+
+class Origin(_Record):
+    """How a mask came about, as its worker knew it."""
+
+    software: dict[str, str]
+    """Versions in the worker, by package."""
+    trained_with: dict[str, str]
+    """Versions that trained the model, as its card has them."""
+    card_sha256: str
+    """Of the model's card.json."""
+    backbone: str
+    task: str
+    regions: dict[str, tuple[int, ...]]
+    """The values in the mask that each region is the union of."""
+    grid: MaskGrid
+
+
 ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -100,10 +126,12 @@ class Job(_Record):
     missing: tuple[str, ...] = ()
     labels: tuple[LabelName, ...] = ()
     expected: Expectation | None = None
+    probabilities: bool = False
+    """Whether its sender wants the regions' probabilities too."""
     owner: str = ""
     """Id of the key that sent it; only that key sees the job. Empty where the service asks for no keys."""
     fingerprint: str = ""
-    """SHA-256 of the model's name and of what was sent, so that a repeated request is told from another one."""
+    """SHA-256 of the model's name, the options and what was sent, so that a repeated request is told from another."""
     idempotency: str = ""
     """SHA-256 of the sender's Idempotency-Key, if there was one."""
 
@@ -125,6 +153,12 @@ class Job(_Record):
     percent: Percent = 0.0
 
     volumes_ml: dict[str, float] | None = None
+    origin: Origin | None = None
+    """Once succeeded. None then, too, if it could not be told."""
+    previewed: bool = False
+    """Whether there is a picture of the mask."""
+    probability_regions: tuple[str, ...] = ()
+    """The regions whose probabilities are on the store, in the order of their files."""
     warnings: tuple[str, ...] = ()
     """What its reader should know of the mask."""
     seconds: dict[str, float] = Field(default_factory=dict)

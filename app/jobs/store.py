@@ -13,7 +13,7 @@ from app.jobs.admission import Admission
 from app.jobs.connection import clock
 from app.jobs.leases import Lapsed, Leases
 from app.jobs.names import ENDED, MISSING, TAKEN, WAITING, idempotency_key, job_key, open_key, owned_key
-from app.jobs.record import Failure, Job, JobState, now
+from app.jobs.record import Failure, Job, JobState, Origin, now
 from app.jobs.settings import Settings
 from app.jobs.tally import count_end, count_lost
 
@@ -225,8 +225,11 @@ class JobStore:
         *,
         seconds: Mapping[str, float] | None = None,
         warnings: Sequence[str] = (),
+        origin: Origin | None = None,
+        previewed: bool = False,
+        probability_regions: Sequence[str] = (),
     ) -> Job:
-        """End a run with its result; the mask must be on the store already. `seconds`: how long each stage took.
+        """End a run with its result; its files must be on the store already. `seconds`: how long each stage took.
         Raises `JobOverError`."""
         result = {
             "state": JobState.SUCCEEDED,
@@ -237,6 +240,9 @@ class JobStore:
             "weights_sha256": weights_sha256,
             "seconds": dict(seconds or {}),
             "warnings": tuple(warnings),
+            "origin": origin,
+            "previewed": previewed,
+            "probability_regions": tuple(probability_regions),
         }
         return self._change_run(job, lambda j: j.model_copy(update=result))
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.jobs.logs import configure
 from app.jobs.record import is_id
 from app.jobs.settings import Settings, is_loopback
-from app.web import job_routes, metrics, problems
+from app.web import job_routes, metrics, problems, result_routes
 from app.web.document import document
 from app.web.headers import SecurityHeaders
 from app.web.housekeeping import Housekeeping
@@ -72,6 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.service = service
     app.include_router(job_routes.router)
+    app.include_router(result_routes.router)
     app.include_router(router)
     app.include_router(metrics.router)
     app.include_router(public)

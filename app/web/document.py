@@ -11,6 +11,7 @@ from app.jobs.cards import CardError, ModelCard
 from app.web.origin import SAFE
 from app.web.problems import ProblemDocument, problems_of
 from app.web.service import Service
+from app.web.upload import MODEL_FIELD, PROBABILITIES_FIELD, TRUTHS
 
 ANYWHERE = ("not-http", "wrong-host", "busy", "internal")
 """What any request may be answered with, whatever its route: by what stands around the routes."""
@@ -69,6 +70,12 @@ def _form(service: Service) -> dict[str, Any]:
         choice["enum"] = sorted(cards)
     if default:
         choice["default"] = default
+    probabilities = {
+        "type": "string",
+        "enum": list(TRUTHS),
+        "default": "false",
+        "description": "Whether to keep how probable each region is, for GET /jobs/{job_id}/probabilities.",
+    }
     images: dict[str, dict[str, Any]] = {}
     for name, card in cards.items():
         for modality in card.task.modalities:
@@ -84,7 +91,7 @@ def _form(service: Service) -> dict[str, Any]:
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "properties": {"model": choice, **images},
+                    "properties": {MODEL_FIELD: choice, PROBABILITIES_FIELD: probabilities, **images},
                     "anyOf": [{"required": [name]} for name in images] or [{}],
                     "additionalProperties": False,
                 },

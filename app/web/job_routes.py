@@ -1,4 +1,4 @@
-"""The routes of jobs: send, look, fetch, delete. Each says what happens; how is elsewhere."""
+"""The routes of jobs: send, look, delete. Each says what happens; how is elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from app.web.resources import EXAMPLE_JOB, JobList, JobResource
 from app.web.service import Here, Service
 from app.web.upload import Accepted, receive
 from app.web.watch import watched
-from app.web.whole_file import WholeFile
 
 router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized", "unavailable"), tags=["jobs"])
 log = structlog.get_logger("app.web")
@@ -43,7 +42,6 @@ IdempotencyKey = Annotated[
         json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"},
     ),
 ]
-NIFTI_GZ = "application/gzip"
 
 _UPLOAD_PROBLEMS = [
     *("malformed-multipart", "not-multipart", "too-large", "no-images", "unknown-field", "duplicate-modality"),
@@ -51,7 +49,7 @@ _UPLOAD_PROBLEMS = [
     *("too-large-uncompressed", "bad-header", "bad-data-type", "bad-affine", "bad-spacing", "not-3d"),
     *("too-many-voxels", "too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full"),
     *("bad-idempotency-key", "idempotency-key-reused", "too-many-jobs", "queue-full", "unavailable", "broken-model"),
-    "too-slow",
+    *("too-slow", "invalid-request"),
 ]
 
 
@@ -66,7 +64,7 @@ _UPLOAD_PROBLEMS = [
             "headers": {"Location": {"description": "Its address.", "required": True, "schema": {"type": "string"}}},
             "links": {
                 name: {"operationId": name, "parameters": {"job_id": "$response.body#/id"}}
-                for name in ("job", "events", "mask", "cancel")
+                for name in ("job", "events", "mask", "report", "preview", "probabilities", "cancel")
             },
         },
         **problems_of(*_UPLOAD_PROBLEMS),
@@ -148,6 +146,7 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
         missing=tuple(name for name in card.modalities if name not in given),
         labels=tuple(LabelName(value=label.value, name=label.name) for label in card.task.labels),
         expected=card.expectation(given),
+        probabilities=accepted.probabilities,
         owner=owner,
         fingerprint=accepted.fingerprint,
         idempotency=idempotency,
@@ -179,7 +178,7 @@ def _create(service: Service, job: Job) -> Job:
     except KeyReusedError:
         raise Problem(
             "idempotency-key-reused",
-            "the Idempotency-Key was sent before, with other images, another order or another model",
+            "the Idempotency-Key was sent before, with other images, another order, another model or other options",
             "Use a new key for a new request.",
             field="Idempotency-Key",
         ) from None
@@ -261,33 +260,6 @@ async def events(record: OwnJob, service: Here) -> AsyncIterator[JobResource]:
     """The job as `GET /jobs/{id}` has it, now and each time it changes, until it is over (server-sent events)."""
     async for resource in events_of(record, service):
         yield resource
-
-
-@router.get(
-    "/jobs/{job_id}/mask",
-    response_class=WholeFile,
-    responses={
-        200: {
-            "description": "A gzipped NIfTI file (uint8, or uint16 where the model's values need it; label intent) on "
-            "the grid of the first image given: same shape, affine, sform and qform codes, zooms. The job's `labels` "
-            "name its values.",
-            "content": {NIFTI_GZ: {"schema": {"type": "string", "format": "binary"}}},
-        },
-        **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),
-    },
-)
-def mask(record: OwnJob, service: Here) -> WholeFile:
-    """The mask of a job that has succeeded."""
-    if not record.state.final:
-        raise Problem("not-done", f"the job is {record.state}", f"Poll /jobs/{record.id} until its state is succeeded.")
-    if record.state is not JobState.SUCCEEDED:
-        raise Problem("no-mask", f"the job has {record.state}", "The job says why; send the images again if need be.")
-    path = service.blobs.mask(record)
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        raise Problem("no-mask", "the mask is no longer kept", "Send the images again.") from None
-    return WholeFile(path, media_type=NIFTI_GZ, filename=f"{record.id}-mask.nii.gz", stat_result=stat)
 
 
 @router.delete(

@@ -76,6 +76,10 @@ KINDS: dict[str, Kind] = {
     "too-many-streams": Kind(HTTPStatus.SERVICE_UNAVAILABLE, "Too many readers of job events"),
     "not-done": Kind(HTTPStatus.CONFLICT, "The job is not done"),
     "no-mask": Kind(HTTPStatus.GONE, "The job has no mask and will not get one"),
+    "no-report": Kind(HTTPStatus.GONE, "The job has no report and will not get one"),
+    "no-preview": Kind(HTTPStatus.GONE, "The job has no preview and will not get one"),
+    "no-probabilities": Kind(HTTPStatus.GONE, "The job has no probabilities and will not get them"),
+    "unknown-region": Kind(HTTPStatus.NOT_FOUND, "The model has no such region"),
     # ours
     "not-found": Kind(HTTPStatus.NOT_FOUND, "There is nothing here"),
     "method-not-allowed": Kind(HTTPStatus.METHOD_NOT_ALLOWED, "The method is not allowed here"),

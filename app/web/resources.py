@@ -35,6 +35,9 @@ EXAMPLE_JOB: dict[str, JsonValue] = {
         "self": "/jobs/5c1f6d3e-2f0b-4c57-9a49-0c6a1df3f1b2",
         "events": "/jobs/5c1f6d3e-2f0b-4c57-9a49-0c6a1df3f1b2/events",
         "mask": None,
+        "report": None,
+        "preview": None,
+        "probabilities": None,
         "model": "/models/glioma-phantom-rfnet",
     },
     "notice": NOTICE,
@@ -54,7 +57,24 @@ class JobLinks(BaseModel):
     self: str
     events: str = Field(description="The job as server-sent events.")
     mask: str | None = Field(description="Null until the job has succeeded.")
+    report: str | None = Field(description="How the mask came about. Null until the job has succeeded.")
+    preview: str | None = Field(description="A picture of the mask. Null until the job has succeeded.")
+    probabilities: str | None = Field(description="Null until the job has succeeded, and if they were not asked for.")
     model: str
+
+    @classmethod
+    def of(cls, job: Job) -> JobLinks:
+        """What there is for a record."""
+        here = f"/jobs/{job.id}"
+        return cls(
+            self=here,
+            events=f"{here}/events",
+            mask=f"{here}/mask" if job.state is JobState.SUCCEEDED else None,
+            report=f"{here}/report" if job.origin else None,
+            preview=f"{here}/preview.png" if job.previewed else None,
+            probabilities=f"{here}/probabilities" if job.probability_regions else None,
+            model=f"/models/{job.model}",
+        )
 
 
 class JobResource(BaseModel):
@@ -91,7 +111,6 @@ class JobResource(BaseModel):
     @classmethod
     def of(cls, job: Job, position: int | None) -> JobResource:
         """The resource for a record."""
-        done = job.state is JobState.SUCCEEDED
         return cls(
             id=job.id,
             state=job.state,
@@ -112,12 +131,7 @@ class JobResource(BaseModel):
             expected_dice=job.expected,
             error=job.error,
             quarantined=job.quarantined,
-            links=JobLinks(
-                self=f"/jobs/{job.id}",
-                events=f"/jobs/{job.id}/events",
-                mask=f"/jobs/{job.id}/mask" if done else None,
-                model=f"/models/{job.model}",
-            ),
+            links=JobLinks.of(job),
         )
 
 

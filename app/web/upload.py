@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MODEL_FIELD = "model"
-MAX_MODEL_NAME = 128
+MODEL_FIELD, PROBABILITIES_FIELD = "model", "probabilities"
+TEXT_FIELDS = (MODEL_FIELD, PROBABILITIES_FIELD)
+"""Fields of the form that hold a word and no file."""
+MAX_WORD = 128
+TRUTHS = {"false": False, "true": True}
 BUFFER = 1 << 20
 """Bytes of one part in memory before they are written, and so of one upload."""
 
@@ -53,8 +56,9 @@ class Accepted:
     model: str
     card: ModelCard
     inputs: tuple[InputFile, ...]
+    probabilities: bool
     fingerprint: str
-    """Hex SHA-256 of what was sent: equal for the same model and the same bytes as the same modalities in order."""
+    """Hex SHA-256 of what was sent: equal for the same model, options and bytes as the same modalities in order."""
 
 
 async def receive(request: Request, service: Service, folder: Path) -> Accepted:
@@ -100,7 +104,7 @@ class _Upload:
         self._limits = service.settings
         self._folder = folder
         self._total = 0
-        self._model: str | None = None
+        self._words: dict[str, str] = {}
         self._received: list[Received] = []
         self._part: PartBegins | None = None
         self._file: BinaryIO | None = None
@@ -119,9 +123,9 @@ class _Upload:
     async def begin(self, part: PartBegins) -> None:
         self._part, self._size = part, 0
         self._buffer.clear()
-        if part.name == MODEL_FIELD:
-            if self._model is not None:
-                raise Problem("unknown-model", "the model is named twice", "Name one model.", field=MODEL_FIELD)
+        if part.name in TEXT_FIELDS:
+            if part.name in self._words:
+                raise _bad_word(part.name, f"{part.name} is there twice", "Send it once.")
             return
         self._refuse_strangers(part.name)
         if part.is_blank_choice:
@@ -134,11 +138,9 @@ class _Upload:
         assert self._part is not None
         self._size += len(data)
         self._buffer += data
-        if self._part.name == MODEL_FIELD:
-            if self._size > MAX_MODEL_NAME:
-                raise Problem(
-                    "unknown-model", "the model's name is too long", "GET /models lists them.", field=MODEL_FIELD
-                )
+        if self._part.name in TEXT_FIELDS:
+            if self._size > MAX_WORD:
+                raise _bad_word(self._part.name, "the word is too long", "GET /docs lists what it takes.")
             return
         if self._file is None:
             raise Problem(
@@ -156,8 +158,8 @@ class _Upload:
 
     async def end(self) -> None:
         assert self._part is not None
-        if self._part.name == MODEL_FIELD:
-            self._model = self._buffer.decode("utf-8", "replace").strip()
+        if self._part.name in TEXT_FIELDS:
+            self._words[self._part.name] = self._buffer.decode("utf-8", "replace").strip()
         elif self._file is not None:
             await self._flush()
             await self.close()
@@ -173,6 +175,7 @@ class _Upload:
     async def accept(self) -> Accepted:
         """Look into all that was received. Raises `Problem` at the first thing that will not do."""
         name, card = self._chosen()
+        probabilities = self._probabilities()
         if not self._received:
             raise Problem(
                 "no-images",
@@ -207,7 +210,9 @@ class _Upload:
                 "Send images of one session; register them to each other if their headers disagree.",
                 field=_short(other),
             )
-        return Accepted(name, card, tuple(inputs), _fingerprint(name, files))
+        # Who asks for nothing more has the fingerprint that such a request always had.
+        fingerprint = _fingerprint([name, *([PROBABILITIES_FIELD] if probabilities else [])], files)
+        return Accepted(name, card, tuple(inputs), probabilities, fingerprint)
 
     async def _check(self, received: Received, filename: str) -> Scan:
         clean = self._folder / filename
@@ -216,9 +221,16 @@ class _Upload:
         except ScanError as error:
             raise _scan_problem(received.field, error) from error
 
+    def _probabilities(self) -> bool:
+        known = TRUTHS.get(self._words.get(PROBABILITIES_FIELD, "false"))
+        if known is None:
+            detail = f"{PROBABILITIES_FIELD} is neither true nor false"
+            raise _bad_word(PROBABILITIES_FIELD, detail, "Send one of the two, or leave it out for false.")
+        return known
+
     def _chosen(self) -> tuple[str, ModelCard]:
         shelf = self._service.models
-        name = self._model or shelf.default()
+        name = self._words.get(MODEL_FIELD) or shelf.default()
         known = ", ".join(shelf.names()) or "none"
         if name is None:
             raise Problem(
@@ -242,9 +254,10 @@ class _Upload:
 
     def _refuse_strangers(self, field: str) -> None:
         """Turn a field away before its bytes arrive, as far as that can be known: the model may be named after it."""
+        model = self._words.get(MODEL_FIELD)
         cards = [
             card
-            for name in ([self._model] if self._model else self._service.models.names())
+            for name in ([model] if model else self._service.models.names())
             if (card := self._card(name)) is not None
         ]
         if cards and not any(card.canonical(field) for card in cards):
@@ -291,9 +304,13 @@ def _exchange(sent: Path, clean: Path, limits: Settings) -> Scan:
     return scan
 
 
-def _fingerprint(model: str, files: dict[str, Received]) -> str:
-    sent = [model, [[modality, received.sha256.hexdigest()] for modality, received in files.items()]]
+def _fingerprint(options: list[str], files: dict[str, Received]) -> str:
+    sent = [*options, [[modality, received.sha256.hexdigest()] for modality, received in files.items()]]
     return hashlib.sha256(json.dumps(sent).encode()).hexdigest()
+
+
+def _bad_word(field: str, detail: str, remedy: str) -> Problem:
+    return Problem("unknown-model" if field == MODEL_FIELD else "invalid-request", detail, remedy, field=field)
 
 
 def _scan_problem(field: str, error: ScanError) -> Problem:

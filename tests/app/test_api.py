@@ -303,7 +303,8 @@ def test_the_openapi_document(api):
         for answer in operation["responses"].values()
         for link in answer.get("links", {}).values()
     }
-    assert links == {"job", "events", "mask", "cancel", "model"}
+    results = {"mask", "report", "preview", "probabilities", "probability"}
+    assert links == {"job", "events", "cancel", "model"} | results
     assert links <= {operation["operationId"] for path in document["paths"].values() for operation in path.values()}
 
 
@@ -311,7 +312,7 @@ def test_a_form_without_models_can_be_described(served):
     shutil.rmtree(served.models / "tiny")
     with serving(served) as api:
         form = api.get("/openapi.json").json()["paths"]["/segment"]["post"]["requestBody"]["content"]
-        assert set(form["multipart/form-data"]["schema"]["properties"]) == {"model"}
+        assert set(form["multipart/form-data"]["schema"]["properties"]) == {"model", "probabilities"}
 
 
 def test_every_kind_of_problem_has_its_page_and_its_place_in_the_document(api):

@@ -10,11 +10,23 @@ import pytest
 from scans import scan
 from serving import serving
 
+from app.jobs.blobs import BlobStore
 from app.jobs.connection import connect
 from app.jobs.keys import KeyStore
+from app.jobs.record import MaskGrid, Origin
 from app.jobs.store import JobStore
 
 FLAIR, T2 = scan("flair"), scan("t2")
+RESULTS = ("report", "preview.png", "probabilities", "probabilities/WT")
+ORIGIN = Origin(
+    software={"torch": "2"},
+    trained_with={"torch": "1"},
+    card_sha256="c" * 64,
+    backbone="rfnet",
+    task="glioma",
+    regions={"WT": (1, 2, 4), "A/B": (1,)},
+    grid=MaskGrid(shape=(4, 5, 6), spacing_mm=(1, 1, 2), axes="LPS", voxel_ml=0.002),
+)
 
 
 @pytest.fixture
@@ -44,7 +56,7 @@ def test_a_key_sees_its_own_jobs_only(settings, client):
         assert api.get(job["links"]["self"]).json() == job
         hidden = [
             ("GET", f"/jobs/{job['id']}"),
-            ("GET", f"/jobs/{job['id']}/mask"),
+            *(("GET", f"/jobs/{job['id']}/{result}") for result in ("mask", *RESULTS)),
             ("GET", f"/jobs/{job['id']}/events"),
             ("DELETE", f"/jobs/{job['id']}"),
         ]
@@ -119,6 +131,90 @@ def test_full_is_said_before_the_upload_and_after_it(settings, client):
         api.headers.update(one)
         api.delete(first.json()["links"]["self"])
         assert post(api).status_code == 202
+
+
+def test_what_there_is_beside_the_mask(settings, client):
+    store, blobs = JobStore(client, settings), BlobStore(settings.store)
+    with serving(settings) as api:
+        form = {"model": "tiny", "probabilities": "true"}
+        job = api.post("/segment", files={"flair": FLAIR}, data=form).json()
+        here = job["links"]["self"]
+        assert [job["links"][name] for name in ("report", "preview", "probabilities")] == [None] * 3
+        for result in RESULTS:
+            assert kind(api.get(f"{here}/{result}")) == (409, "not-done")
+        run = store.begin(job["id"], "w")
+        blobs.preview(run).write_bytes(b"a picture")
+        blobs.probability(run, 0).write_bytes(b"of WT")
+        volumes = {"WT": 1.5, "A/B": 0.5}
+        said = {"seconds": {"saving": 0.1}, "warnings": ["beware"]}
+        store.succeed(run, volumes, "f" * 64, origin=ORIGIN, previewed=True, probability_regions=("WT", "A"), **said)
+        links = api.get(here).json()["links"]
+        answer = api.get(links["report"])
+        assert answer.headers["cache-control"] == "no-store"
+        report = answer.json()
+        assert (report["weights_sha256"], report["card_sha256"]) == ("f" * 64, "c" * 64)
+        assert report["software"] == {"worker": {"torch": "2"}, "model": {"torch": "1"}}
+        assert report["modalities"] == {"given": ["flair"], "missing": ["t1ce", "t1", "t2"]}
+        assert report["grid"] == {"shape": [4, 5, 6], "spacing_mm": [1, 1, 2], "axes": "LPS", "voxel_ml": 0.002}
+        assert report["regions"][0] == {"name": "WT", "values": [1, 2, 4], "volume_ml": 1.5, "expected_dice": 0.5}
+        assert (report["seconds"], report["warnings"], report["attempts"]) == ({"saving": 0.1}, ["beware"], 1)
+        assert (report["expected_on"], report["links"]) == ("nothing but noise", links)
+        assert {label["value"] for label in report["labels"]} == {0, 1, 2, 4}
+        assert "not a medical device" in report["notice"]
+        picture = api.get(links["preview"])
+        assert (picture.content, picture.headers["content-type"]) == (b"a picture", "image/png")
+        listed = api.get(links["probabilities"]).json()["regions"]
+        assert [r["region"] for r in listed] == ["WT", "A"]
+        probability = api.get(listed[0]["href"])
+        assert (probability.content, probability.headers["content-type"]) == (b"of WT", "application/gzip")
+        for answer in (picture, probability):
+            assert answer.headers["cache-control"] == "no-store"
+            assert answer.headers["accept-ranges"] == "none"
+        assert kind(api.get(listed[1]["href"])) == (410, "no-probabilities"), "the file is gone"
+        assert kind(api.get(f"{here}/probabilities/ET")) == (404, "unknown-region")
+        blobs.preview(run).unlink()
+        assert kind(api.get(links["preview"])) == (410, "no-preview")
+
+
+def test_what_there_is_not_beside_the_mask(settings, client):
+    store = JobStore(client, settings)
+    gone = [(410, "no-report"), (410, "no-preview"), *[(410, "no-probabilities")] * 2]
+    with serving(settings) as api:
+        for asked in ("true", "false"):
+            job = api.post("/segment", files={"flair": FLAIR}, data={"probabilities": asked}).json()
+            here = job["links"]["self"]
+            store.succeed(store.begin(job["id"], "w"), {"WT": 1.0}, "")
+            links = api.get(here).json()["links"]
+            assert [links[name] for name in ("report", "preview", "probabilities")] == [None] * 3
+            assert [kind(api.get(f"{here}/{result}")) for result in RESULTS] == gone
+            remedy = api.get(f"{here}/probabilities").json()["remedy"]
+            assert ("probabilities=true" in remedy) == (asked == "false")
+        here = post(api).json()["links"]["self"]
+        api.delete(here)
+        assert [kind(api.get(f"{here}/{result}")) for result in RESULTS] == gone
+
+
+def test_probabilities_are_asked_for_in_one_word(settings, client):
+    store = JobStore(client, settings)
+    with serving(settings) as api:
+
+        def send(*said, key=None):
+            fields = [("probabilities", (None, word)) for word in said]
+            headers = {"Idempotency-Key": key} if key else {}
+            return api.post("/segment", files=[*fields, ("flair", ("x", FLAIR))], headers=headers)
+
+        for said in (("yes",), ("",), ("True",), ("true", "true"), ("t" * 5000,)):
+            refused = send(*said)
+            assert kind(refused) == (422, "invalid-request"), said
+            assert refused.json()["field"] == "probabilities"
+        assert [store.get(send(*said).json()["id"]).probabilities for said in ((), ("false",), ("true",))] == [
+            False,
+            False,
+            True,
+        ]
+        first = send("false", key="a").json()
+        assert send(key="a").json() == first, "false is what is asked for by nothing"
+        assert kind(send("true", key="a")) == (422, "idempotency-key-reused")
 
 
 def events(api, path, seen):

@@ -72,6 +72,7 @@ def test_round_trip_at_the_tasks_spacing_is_exact(scan):
     np.testing.assert_array_equal(back, np.minimum(data, 3).astype(np.uint8))
     onehot = (classes[None] == np.arange(4)[:, None, None, None]).astype(np.float32)
     np.testing.assert_array_equal(intake.restore(onehot), back)
+    np.testing.assert_array_equal(intake.without_images().restore_region(onehot, (1, 3)), np.isin(back, (1, 3)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -91,6 +92,10 @@ def test_round_trip_with_resampling_keeps_the_place(scan, spacing):
     assert back.shape == ball.shape
     assert np.abs(np.argwhere(back == 1).mean(0) - np.argwhere(ball > 0).mean(0)).max() < 0.3
     assert (back == 1).sum() == pytest.approx((ball > 0).sum(), rel=0.12)
+    region = intake.restore_region(probabilities, (1, 3))
+    sure = np.abs(region - 0.5) > 1e-5  # where rounding does not decide
+    np.testing.assert_array_equal((region > 0.5)[sure], (back == 1)[sure])
+    assert 0 <= region.min() <= region.max() <= 1
 
 
 def test_all_modalities_land_on_the_first_ones_grid():

@@ -99,15 +99,7 @@ class WorkingGrid:
         image = nib.Nifti1Image(data, affine)
         brought = resample_from_to(image, (self.shape, self.affine), order=1, mode="nearest")
         resampled = np.array(brought.dataobj, np.float32)
-        to_source = np.linalg.inv(affine) @ self.affine
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape])).reshape(3, -1).T
-        reached = nib.affines.apply_affine(to_source, corners)
-        for axis, size in enumerate(data.shape):
-            if reached[:, axis].min() < -HALF or reached[:, axis].max() > size - 1 + HALF:
-                i, j, k = np.ogrid[tuple(slice(n) for n in self.shape)]
-                a, b, c, offset = to_source[axis]
-                place = a * i + b * j + c * k + offset
-                resampled[(place < -HALF) | (place > size - 1 + HALF)] = 0
+        _clear_beyond(resampled, np.linalg.inv(affine) @ self.affine, data.shape)
         return resampled
 
 
@@ -156,15 +148,16 @@ class Intake:
     box: Box
     working: WorkingGrid
 
-    def restore(self, probabilities: Float) -> Classes:
-        """Class probabilities (C, X, Y, Z) of the box -> class indices on the reference volume's own grid.
+    def restore(self, probabilities: Float, onto: Grid | None = None) -> Classes:
+        """Class probabilities (C, X, Y, Z) of the box -> class indices on the reference volume's own grid, or `onto`
+        another one in the same world; background where the box does not reach.
 
         Without resampling this is the exact inverse of the way in; else probabilities are resampled linearly and the
         largest wins, which is smoother than resampling labels.
         """
-        if not self.working.resampled:
+        reference = self.working.reference if onto is None else onto
+        if not self.working.resampled and reference.same_as(self.working.reference):
             return self.restore_classes(largest(probabilities))
-        reference = self.working.reference
         box_affine = self.working.affine @ nib.affines.from_matvec(np.eye(3), self.box.start)
         to_reference = np.linalg.inv(reference.affine) @ box_affine
         corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in self.box.shape])).reshape(3, -1)
@@ -182,6 +175,7 @@ class Intake:
             better = resampled > best
             best[better] = resampled[better]
             part[better] = index
+        _clear_beyond(part, np.linalg.inv(box_affine) @ part_affine, self.box.shape)
         classes[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = part
         return classes
 
@@ -276,6 +270,19 @@ def largest(probabilities: Float) -> Classes:
             plane[better] = index
             np.copyto(best, probability, where=better)
     return classes
+
+
+def _clear_beyond(data: npt.NDArray[Value], to_source: Affine, source: tuple[int, ...]) -> None:
+    """Set to 0 the voxels whose centres lie outside a field of view of `source` voxels; `to_source` takes indices to
+    its indices."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in data.shape])).reshape(3, -1).T
+    reached = nib.affines.apply_affine(to_source, corners)
+    for axis, size in enumerate(source):
+        if reached[:, axis].min() < -HALF or reached[:, axis].max() > size - 1 + HALF:
+            i, j, k = np.ogrid[tuple(slice(n) for n in data.shape)]
+            a, b, c, offset = to_source[axis]
+            place = a * i + b * j + c * k + offset
+            data[(place < -HALF) | (place > size - 1 + HALF)] = 0
 
 
 def _grow(low: int, high: int, least: int) -> tuple[int, int]:

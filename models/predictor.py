@@ -22,6 +22,7 @@ from models.heap import kept_heap
 from models.intake import Intake, normalised, take_in
 from models.layout import in_fast_layout
 from models.precision import PrecisionError, arithmetic, check_precision, single
+from models.raw.prepare import NONE, prepare
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, save_image
 from models.windows import Windows
@@ -43,9 +44,11 @@ class Segmentation:
     """A mask on the patient's own grid."""
 
     classes: npt.NDArray[np.uint8]
-    """(X, Y, Z) class indices on the first given volume's grid."""
+    """(X, Y, Z) class indices on `grid`: the first given volume's, or that of the one that was asked for."""
     grid: Grid
     task: Task
+    warnings: tuple[str, ...] = ()
+    """What a reader of the mask should know of the scans and of what was done with them, as sentences."""
 
     @property
     def volumes_ml(self) -> dict[str, float]:
@@ -123,11 +126,19 @@ class Predictor:
         overlap, precision = self.overlap, self.precision
         return Predictor(self._checkpoint, self.device, overlap=overlap, window=window, precision=precision, batch=1)
 
-    def segment(self, files: Mapping[str, Path | Volume], on_progress: Progress | None = None) -> Segmentation:
+    def segment(
+        self,
+        files: Mapping[str, Path | Volume],
+        on_progress: Progress | None = None,
+        *,
+        preprocess: str = NONE,
+        grid: str | None = None,
+    ) -> Segmentation:
         """Segment a patient from any non-empty subset of modalities.
 
-        `files` is keyed by modality name or alias; the mask comes back on the first one's grid. `on_progress(stage,
-        fraction)` is called along the way and may raise to stop. Raises `TaskError` for modalities that are not the
+        `files` is keyed by modality name or alias; the mask comes back on the first one's grid, or on that of the
+        modality that `grid` names. `preprocess`: see `models.raw.prepare`. `on_progress(stage, fraction)` is called
+        along the way and may raise to stop. Raises `TaskError` for modalities that are not the
         task's and `VolumeError`, naming the modality, for images that cannot be used.
         """
         report = on_progress or (lambda _stage, _fraction: None)
@@ -140,13 +151,18 @@ class Predictor:
             if name in volumes:
                 raise TaskError(f"{name} is given twice (a name and an alias of it)")
             volumes[name] = file if isinstance(file, Volume) else _load(name, file)
+        own = {name: volume.grid for name, volume in volumes.items()}
+        target = next(iter(own)) if grid is None else self.task.canonical(grid)
+        if target not in own:
+            raise TaskError(f"the mask cannot lie on the grid of {target}, which is not given: it has {', '.join(own)}")
+        prepared = prepare(volumes, self.task, preprocess, report)
         report("normalising", 0.0)
-        intake = take_in(volumes, self.task, self.window)
-        grid = intake.working.reference
-        del volumes  # the working copies are all that is needed from here on
+        intake = take_in(prepared.volumes, self.task, self.window)
+        onto, warnings = prepared.volumes[target].grid, prepared.warnings
+        del volumes, prepared  # the working copies are all that is needed from here on
         probabilities = self.probabilities(intake, lambda fraction: report("segmenting", fraction))
         report("restoring", 0.0)
-        segmentation = Segmentation(intake.restore(probabilities), grid, self.task)
+        segmentation = Segmentation(intake.restore(probabilities, onto), own[target], self.task, warnings)
         report("restoring", 1.0)
         return segmentation
 

@@ -118,8 +118,9 @@ def _segment(job: Job, desk: Desk) -> None:
     weights, predictor = desk.checkpoints.get(job.model)
     files, mask = desk.blobs.inputs(job), desk.blobs.mask(job)
     warnings: list[str] = []
+    options: dict[str, Any] = {"preprocess": job.preprocess, "grid": job.grid or None}
     try:
-        segmentation = predictor.segment(files, progress)
+        segmentation = predictor.segment(files, progress, **options)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -129,7 +130,8 @@ def _segment(job: Job, desk: Desk) -> None:
             f"The device's memory did not suffice: done in windows of {' x '.join(map(str, predictor.window))} voxels. "
             "The mask may differ a little from the usual one."
         )
-        segmentation = predictor.segment(files, progress)
+        segmentation = predictor.segment(files, progress, **options)
+    warnings.extend(segmentation.warnings)
     progress.stage("saving")
     segmentation.save(mask)
     progress.stage("")

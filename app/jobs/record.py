@@ -68,6 +68,8 @@ class Expectation(_Record):
     """Mean Dice per region, 0..1; None where it is undefined."""
 
 
+Preprocess = Literal["auto", "none", "raw"]
+
 ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -96,14 +98,18 @@ class Job(_Record):
     weights_sha256: str = ""
     """Of the weights that the model's card named when the job was accepted, then of those that made the mask."""
     inputs: tuple[InputFile, ...] = Field(min_length=1)
-    """In the order given: the mask lies on the grid of the first."""
+    """In the order given: the mask lies on the grid of the first, unless `grid` names another."""
+    preprocess: Preprocess = "auto"
+    """Whether the images are registered and stripped first: `auto` where they need it, `none` never, `raw` always."""
+    grid: str = ""
+    """The modality on whose grid the mask is to lie; empty: the first given."""
     missing: tuple[str, ...] = ()
     labels: tuple[LabelName, ...] = ()
     expected: Expectation | None = None
     owner: str = ""
     """Id of the key that sent it; only that key sees the job. Empty where the service asks for no keys."""
     fingerprint: str = ""
-    """SHA-256 of the model's name and of what was sent, so that a repeated request is told from another one."""
+    """SHA-256 of the model's name, the options and what was sent, so that a repeated request is told from another one."""
     idempotency: str = ""
     """SHA-256 of the sender's Idempotency-Key, if there was one."""
 

@@ -6,18 +6,18 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, get_args
 
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
 
 from app.jobs.cards import CardError, ModelCard
-from app.jobs.record import InputFile
+from app.jobs.record import InputFile, Preprocess
 from app.jobs.scan import Scan, check, check_same_field_of_view, magic
 from app.jobs.scan_header import ScanError
 from app.jobs.settings import Settings
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MODEL_FIELD = "model"
-MAX_MODEL_NAME = 128
+MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD = "model", "preprocess", "grid"
+TEXT_FIELDS = (MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD)
+"""Fields of the form that hold a word and no file."""
+MAX_WORD = 128
+PREPROCESS: tuple[Preprocess, ...] = get_args(Preprocess)
 BUFFER = 1 << 20
 """Bytes of one part in memory before they are written, and so of one upload."""
 
@@ -53,8 +56,11 @@ class Accepted:
     model: str
     card: ModelCard
     inputs: tuple[InputFile, ...]
+    preprocess: Preprocess
+    grid: str
+    """The modality on whose grid the mask is to lie; empty: the first given."""
     fingerprint: str
-    """Hex SHA-256 of what was sent: equal for the same model and the same bytes as the same modalities in order."""
+    """Hex SHA-256 of what was sent: equal for the same model, options and bytes as the same modalities in order."""
 
 
 async def receive(request: Request, service: Service, folder: Path) -> Accepted:
@@ -100,7 +106,7 @@ class _Upload:
         self._limits = service.settings
         self._folder = folder
         self._total = 0
-        self._model: str | None = None
+        self._words: dict[str, str] = {}
         self._received: list[Received] = []
         self._part: PartBegins | None = None
         self._file: BinaryIO | None = None
@@ -119,9 +125,9 @@ class _Upload:
     async def begin(self, part: PartBegins) -> None:
         self._part, self._size = part, 0
         self._buffer.clear()
-        if part.name == MODEL_FIELD:
-            if self._model is not None:
-                raise Problem("unknown-model", "the model is named twice", "Name one model.", field=MODEL_FIELD)
+        if part.name in TEXT_FIELDS:
+            if part.name in self._words:
+                raise _bad_word(part.name, f"the {part.name} is named twice", f"Name one {part.name}.")
             return
         self._refuse_strangers(part.name)
         if part.is_blank_choice:
@@ -134,11 +140,9 @@ class _Upload:
         assert self._part is not None
         self._size += len(data)
         self._buffer += data
-        if self._part.name == MODEL_FIELD:
-            if self._size > MAX_MODEL_NAME:
-                raise Problem(
-                    "unknown-model", "the model's name is too long", "GET /models lists them.", field=MODEL_FIELD
-                )
+        if self._part.name in TEXT_FIELDS:
+            if self._size > MAX_WORD:
+                raise _bad_word(self._part.name, f"the {self._part.name}'s name is too long", "GET /models lists them.")
             return
         if self._file is None:
             raise Problem(
@@ -156,8 +160,8 @@ class _Upload:
 
     async def end(self) -> None:
         assert self._part is not None
-        if self._part.name == MODEL_FIELD:
-            self._model = self._buffer.decode("utf-8", "replace").strip()
+        if self._part.name in TEXT_FIELDS:
+            self._words[self._part.name] = self._buffer.decode("utf-8", "replace").strip()
         elif self._file is not None:
             await self._flush()
             await self.close()
@@ -173,6 +177,7 @@ class _Upload:
     async def accept(self) -> Accepted:
         """Look into all that was received. Raises `Problem` at the first thing that will not do."""
         name, card = self._chosen()
+        preprocess = self._preprocess()
         if not self._received:
             raise Problem(
                 "no-images",
@@ -192,6 +197,7 @@ class _Upload:
                     field=_short(received.field),
                 )
             files[modality] = received
+        grid = self._grid(card, files)
         scans: list[tuple[str, Scan]] = []
         inputs: list[InputFile] = []
         for modality, received in files.items():
@@ -207,7 +213,8 @@ class _Upload:
                 "Send images of one session; register them to each other if their headers disagree.",
                 field=_short(other),
             )
-        return Accepted(name, card, tuple(inputs), _fingerprint(name, files))
+        fingerprint = _fingerprint([name, preprocess, grid], files)
+        return Accepted(name, card, tuple(inputs), preprocess, grid, fingerprint)
 
     async def _check(self, received: Received, filename: str) -> Scan:
         clean = self._folder / filename
@@ -216,9 +223,27 @@ class _Upload:
         except ScanError as error:
             raise _scan_problem(received.field, error) from error
 
+    def _preprocess(self) -> Preprocess:
+        word = self._words.get(PREPROCESS_FIELD) or PREPROCESS[0]
+        for known in PREPROCESS:
+            if word == known:
+                return known
+        known_words = ", ".join(PREPROCESS)
+        raise _bad_word(PREPROCESS_FIELD, f"{_short(word)!r} is no way to preprocess", f"Name one of: {known_words}.")
+
+    def _grid(self, card: ModelCard, files: Mapping[str, Received]) -> str:
+        word = self._words.get(GRID_FIELD)
+        if not word:
+            return ""
+        modality = card.canonical(word)
+        if modality is None or modality not in files:
+            detail = f"the mask cannot lie on the grid of {_short(word)!r}, which is not sent"
+            raise _bad_word(GRID_FIELD, detail, f"Name one of: {', '.join(files)}.")
+        return modality
+
     def _chosen(self) -> tuple[str, ModelCard]:
         shelf = self._service.models
-        name = self._model or shelf.default()
+        name = self._words.get(MODEL_FIELD) or shelf.default()
         known = ", ".join(shelf.names()) or "none"
         if name is None:
             raise Problem(
@@ -244,7 +269,7 @@ class _Upload:
         """Turn a field away before its bytes arrive, as far as that can be known: the model may be named after it."""
         cards = [
             card
-            for name in ([self._model] if self._model else self._service.models.names())
+            for name in ([model] if (model := self._words.get(MODEL_FIELD)) else self._service.models.names())
             if (card := self._card(name)) is not None
         ]
         if cards and not any(card.canonical(field) for card in cards):
@@ -291,9 +316,13 @@ def _exchange(sent: Path, clean: Path, limits: Settings) -> Scan:
     return scan
 
 
-def _fingerprint(model: str, files: dict[str, Received]) -> str:
-    sent = [model, [[modality, received.sha256.hexdigest()] for modality, received in files.items()]]
+def _fingerprint(options: list[str], files: dict[str, Received]) -> str:
+    sent = [*options, [[modality, received.sha256.hexdigest()] for modality, received in files.items()]]
     return hashlib.sha256(json.dumps(sent).encode()).hexdigest()
+
+
+def _bad_word(field: str, detail: str, remedy: str) -> Problem:
+    return Problem("unknown-model" if field == MODEL_FIELD else "invalid-request", detail, remedy, field=field)
 
 
 def _scan_problem(field: str, error: ScanError) -> Problem:

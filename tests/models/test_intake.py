@@ -93,7 +93,8 @@ def test_round_trip_with_resampling_keeps_the_place(scan, spacing):
     assert np.abs(np.argwhere(back == 1).mean(0) - np.argwhere(ball > 0).mean(0)).max() < 0.3
     assert (back == 1).sum() == pytest.approx((ball > 0).sum(), rel=0.12)
     region = intake.restore_region(probabilities, (1, 3))
-    np.testing.assert_array_equal(region > 0.5, back == 1)
+    sure = np.abs(region - 0.5) > 1e-5  # where rounding does not decide
+    np.testing.assert_array_equal((region > 0.5)[sure], (back == 1)[sure])
     assert 0 <= region.min() <= region.max() <= 1
 
 

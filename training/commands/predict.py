@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from training.commands.windows import Window, window_size
@@ -60,6 +61,19 @@ def predict(
     fast: Annotated[
         bool, typer.Option("--fast", help="Fewer windows (--overlap 0.25) in half of the time, less accurate.")
     ] = False,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            help="raw: register the scans and strip the skull; none: take them as they are; auto: raw for those that "
+            "need it.  [default: auto]",
+            show_default=False,
+        ),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Scans as they come from the scanner: --preprocess raw.")] = False,
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Modality on whose grid the mask is to lie.  [default: the first given]", show_default=False),
+    ] = None,
 ) -> None:
     """Segment one patient from whatever scans there are; the mask lies on the grid of the first one given.
 
@@ -67,6 +81,7 @@ def predict(
     """
     from models.checkpoint import Checkpoint, CheckpointError
     from models.predictor import FAST_OVERLAP, OVERLAP, OptionError, Predictor
+    from models.raw.prepare import AUTO, RAW
     from models.task import TaskError
     from models.volume import VolumeError
     from training.device import choose_device
@@ -81,6 +96,9 @@ def predict(
     if fast and overlap is not None:
         raise UserError(f"--fast is --overlap {FAST_OVERLAP:g}: give one of the two")
     share = FAST_OVERLAP if fast else OVERLAP if overlap is None else overlap
+    if raw and preprocess not in {None, RAW}:
+        raise UserError(f"--raw is --preprocess {RAW}: give one of the two")
+    mode = RAW if raw else preprocess or AUTO
     size = window_size(window)
     console = Console(stderr=True)
     try:
@@ -90,7 +108,10 @@ def predict(
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("loading", total=1.0)
             result = predictor.segment(
-                files, lambda stage, fraction: progress.update(bar, description=stage, completed=fraction)
+                files,
+                lambda stage, fraction: progress.update(bar, description=stage, completed=fraction),
+                preprocess=mode,
+                grid=grid,
             )
         result.save(output)
     except (CheckpointError, OptionError, TaskError, VolumeError) as error:
@@ -99,5 +120,7 @@ def predict(
         raise UserError(f"{output}: cannot write the mask ({error.strerror})") from error
     volumes = ", ".join(f"{name} {ml:.2f} mL" for name, ml in result.volumes_ml.items())
     print(f"{output}: {volumes} (research software, not a medical device)")
+    for warning in result.warnings:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}")
     if result.empty:
         console.print("[bold yellow]the mask is empty:[/] the model found nothing in these scans")

@@ -99,15 +99,7 @@ class WorkingGrid:
         image = nib.Nifti1Image(data, affine)
         brought = resample_from_to(image, (self.shape, self.affine), order=1, mode="nearest")
         resampled = np.array(brought.dataobj, np.float32)
-        to_source = np.linalg.inv(affine) @ self.affine
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape])).reshape(3, -1).T
-        reached = nib.affines.apply_affine(to_source, corners)
-        for axis, size in enumerate(data.shape):
-            if reached[:, axis].min() < -HALF or reached[:, axis].max() > size - 1 + HALF:
-                i, j, k = np.ogrid[tuple(slice(n) for n in self.shape)]
-                a, b, c, offset = to_source[axis]
-                place = a * i + b * j + c * k + offset
-                resampled[(place < -HALF) | (place > size - 1 + HALF)] = 0
+        _clear_beyond(resampled, np.linalg.inv(affine) @ self.affine, data.shape)
         return resampled
 
 
@@ -156,16 +148,18 @@ class Intake:
     box: Box
     working: WorkingGrid
 
-    def restore(self, probabilities: Float) -> Classes:
-        """Class probabilities (C, X, Y, Z) of the box -> class indices on the reference volume's own grid.
+    def restore(self, probabilities: Float, onto: Grid | None = None) -> Classes:
+        """Class probabilities (C, X, Y, Z) of the box -> class indices on the reference volume's own grid, or `onto`
+        another one in the same world; background where the box does not reach.
 
         Without resampling this is the exact inverse of the way in; else probabilities are resampled linearly and the
         largest wins, which is smoother than resampling labels.
         """
-        if not self.working.resampled:
+        reference = self.working.reference if onto is None else onto
+        if not self.working.resampled and reference.same_as(self.working.reference):
             return self.restore_classes(largest(probabilities))
-        classes = np.zeros(self.working.reference.shape, np.uint8)
-        place, bring = self._way_back()
+        classes = np.zeros(reference.shape, np.uint8)
+        place, bring = self._way_back(reference)
         part = np.zeros(classes[place].shape, np.uint8)
         best = np.full(part.shape, -np.inf, np.float32)
         for index, probability in enumerate(probabilities):
@@ -176,18 +170,19 @@ class Intake:
         classes[place] = part
         return classes
 
-    def restore_region(self, probabilities: Float, labels: Sequence[int]) -> Float:
+    def restore_region(self, probabilities: Float, labels: Sequence[int], onto: Grid | None = None) -> Float:
         """Class probabilities (C, X, Y, Z) of the box -> the probability of any of some classes, by index, on the
-        reference volume's own grid, 0 outside the box; as exact as `restore`."""
+        reference volume's own grid or `onto` another; 0 outside the box; as exact as `restore`."""
+        reference = self.working.reference if onto is None else onto
         first, *others = labels
         region = probabilities[first].copy()
         for index in others:
             region += probabilities[index]
         np.clip(region, 0, 1, out=region)  # the sum's rounding
-        if not self.working.resampled:
+        if not self.working.resampled and reference.same_as(self.working.reference):
             return self._replaced(region)
-        whole = np.zeros(self.working.reference.shape, np.float32)
-        place, bring = self._way_back()
+        whole = np.zeros(reference.shape, np.float32)
+        place, bring = self._way_back(reference)
         whole[place] = bring(region)
         return whole
 
@@ -195,20 +190,22 @@ class Intake:
         """What the way back needs, and no voxels."""
         return replace(self, arrays={})
 
-    def _way_back(self) -> tuple[tuple[slice, ...], Callable[[Float], Float]]:
-        """The part of the reference's grid that the box reaches, and what resamples a volume of the box to it."""
-        reference = self.working.reference
+    def _way_back(self, reference: Grid) -> tuple[tuple[slice, ...], Callable[[Float], Float]]:
+        """The part of a grid that the box reaches, and what resamples a volume of the box to it, 0 beyond the box."""
         box_affine = self.working.affine @ nib.affines.from_matvec(np.eye(3), self.box.start)
         to_reference = np.linalg.inv(reference.affine) @ box_affine
         corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in self.box.shape])).reshape(3, -1)
         reached = nib.affines.apply_affine(to_reference, corners.T)
         low = np.clip(np.ceil(reached.min(0) - 1e-6), 0, reference.shape).astype(int)
         high = np.clip(np.floor(reached.max(0) + 1e-6) + 1, low, reference.shape).astype(int)
-        target = (_triple(high - low), reference.affine @ nib.affines.from_matvec(np.eye(3), low))
+        part_affine = reference.affine @ nib.affines.from_matvec(np.eye(3), low)
+        target = (_triple(high - low), part_affine)
 
         def bring(values: Float) -> Float:
             image = nib.Nifti1Image(values, box_affine)
-            return np.asarray(resample_from_to(image, target, order=1, mode="nearest").dataobj, np.float32)
+            resampled = np.array(resample_from_to(image, target, order=1, mode="nearest").dataobj, np.float32)
+            _clear_beyond(resampled, np.linalg.inv(box_affine) @ part_affine, self.box.shape)
+            return resampled
 
         return tuple(slice(a, b) for a, b in zip(low, high, strict=True)), bring
 
@@ -306,6 +303,19 @@ def largest(probabilities: Float) -> Classes:
             plane[better] = index
             np.copyto(best, probability, where=better)
     return classes
+
+
+def _clear_beyond(data: npt.NDArray[Value], to_source: Affine, source: tuple[int, ...]) -> None:
+    """Set to 0 the voxels whose centres lie outside a field of view of `source` voxels; `to_source` takes indices to
+    its indices."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in data.shape])).reshape(3, -1).T
+    reached = nib.affines.apply_affine(to_source, corners)
+    for axis, size in enumerate(source):
+        if reached[:, axis].min() < -HALF or reached[:, axis].max() > size - 1 + HALF:
+            i, j, k = np.ogrid[tuple(slice(n) for n in data.shape)]
+            a, b, c, offset = to_source[axis]
+            place = a * i + b * j + c * k + offset
+            data[(place < -HALF) | (place > size - 1 + HALF)] = 0
 
 
 def _grow(low: int, high: int, least: int) -> tuple[int, int]:

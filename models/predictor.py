@@ -23,6 +23,7 @@ from models.heap import kept_heap
 from models.intake import Intake, normalised, take_in
 from models.layout import in_fast_layout
 from models.precision import PrecisionError, arithmetic, check_precision, single
+from models.raw.prepare import NONE, prepare
 from models.task import Task, TaskError
 from models.volume import Grid, Volume, VolumeError, save_image
 from models.windows import Windows
@@ -48,6 +49,8 @@ class RegionProbabilities:
     """(C, X, Y, Z) of the intake's box."""
     intake: Intake
     """Without its images."""
+    onto: Grid
+    """The mask's, where its image lay when the network saw it."""
     grid: Grid
     """The mask's."""
     task: Task
@@ -56,7 +59,7 @@ class RegionProbabilities:
         """(X, Y, Z) on the mask's grid, 0 to 1: the sum over the region's classes. KeyError for a name
         that is none of the task's."""
         labels = {r.name: r.labels for r in self.task.regions}[region]
-        return self.intake.restore_region(self.of_classes, labels)
+        return self.intake.restore_region(self.of_classes, labels, self.onto)
 
     def save(self, region: str, path: Path) -> None:
         """Write a region (.nii or .nii.gz), whole or not at all: uint8, of which `scl_slope` makes 0 to 1 in steps of
@@ -73,9 +76,11 @@ class Segmentation:
     """A mask on the patient's own grid."""
 
     classes: npt.NDArray[np.uint8]
-    """(X, Y, Z) class indices on the first given volume's grid."""
+    """(X, Y, Z) class indices on `grid`: the first given volume's, or that of the one that was asked for."""
     grid: Grid
     task: Task
+    warnings: tuple[str, ...] = ()
+    """What a reader of the mask should know of the scans and of what was done with them, as sentences."""
     probabilities: RegionProbabilities | None = None
     """If they were asked for."""
 
@@ -169,16 +174,18 @@ class Predictor:
         files: Mapping[str, Path | Volume],
         on_progress: Progress | None = None,
         *,
+        preprocess: str = NONE,
+        grid: str | None = None,
         on_volume: OnVolume = lambda _name, _volume: None,
         probabilities: bool = False,
     ) -> Segmentation:
         """Segment a patient from any non-empty subset of modalities.
 
-        `files` is keyed by modality name or alias; the mask comes back on the first one's grid. `on_progress(stage,
-        fraction)` is called along the way and may raise to stop; `on_volume(modality, volume)` sees each volume as it
-        was given. `probabilities`: whether the answer keeps the regions' (a few bytes per voxel of the brain). Raises
-        `TaskError` for modalities that are not the task's and `VolumeError`, naming the modality, for images that
-        cannot be used.
+        `files` is keyed by modality name or alias; the mask comes back on the first one's grid, or on that of the
+        modality that `grid` names. `preprocess`: see `models.raw.prepare`. `on_progress(stage, fraction)` is called
+        along the way and may raise to stop; `on_volume(modality, volume)` sees each volume as it was given.
+        `probabilities`: whether the answer keeps the regions' (a few bytes per voxel of the brain). Raises `TaskError`
+        for modalities that are not the task's and `VolumeError`, naming the modality, for images that cannot be used.
         """
         report = on_progress or (lambda _stage, _fraction: None)
         if not files:
@@ -191,14 +198,21 @@ class Predictor:
                 raise TaskError(f"{name} is given twice (a name and an alias of it)")
             volumes[name] = file if isinstance(file, Volume) else _load(name, file)
             on_volume(name, volumes[name])
+        own = {name: volume.grid for name, volume in volumes.items()}
+        target = next(iter(own)) if grid is None else self.task.canonical(grid)
+        if target not in own:
+            raise TaskError(f"the mask cannot lie on the grid of {target}, which is not given: it has {', '.join(own)}")
+        prepared = prepare(volumes, self.task, preprocess, report)
         report("normalising", 0.0)
-        intake = take_in(volumes, self.task, self.window)
-        grid = intake.working.reference
-        del volumes  # the working copies are all that is needed from here on
+        intake = take_in(prepared.volumes, self.task, self.window)
+        onto, warnings = prepared.volumes[target].grid, prepared.warnings
+        del volumes, prepared  # the working copies are all that is needed from here on
         found = self.probabilities(intake, lambda fraction: report("segmenting", fraction))
         report("restoring", 0.0)
-        kept = RegionProbabilities(found, intake.without_images(), grid, self.task) if probabilities else None
-        segmentation = Segmentation(intake.restore(found), grid, self.task, kept)
+        kept = None
+        if probabilities:
+            kept = RegionProbabilities(found, intake.without_images(), onto, own[target], self.task)
+        segmentation = Segmentation(intake.restore(found, onto), own[target], self.task, warnings, kept)
         report("restoring", 1.0)
         return segmentation
 

@@ -11,7 +11,13 @@ from app.jobs.record import Job
 from app.jobs.store import JobStore
 from app.jobs.traces import stage_ended
 
-SHARES = {"loading": (0.0, 10.0), "normalising": (10.0, 15.0), "segmenting": (15.0, 95.0), "restoring": (95.0, 99.0)}
+SHARES = {
+    "loading": (0.0, 10.0),
+    "preparing": (10.0, 15.0),
+    "normalising": (15.0, 15.0),
+    "segmenting": (15.0, 95.0),
+    "restoring": (95.0, 99.0),
+}
 """Where each stage begins and ends in per cent. Segmenting is nearly all of the time."""
 
 INTERVAL = 0.5

@@ -32,7 +32,7 @@ class Results:
         self._blobs = blobs
         self._card = card
         self._facts: dict[str, Facts] = {}
-        self._reference = job.given[0]
+        self._reference = job.grid or job.given[0]
         """Whose grid the mask is on."""
         self._backdrop: Backdrop | None = None
         self.warnings: list[str] = []

@@ -126,7 +126,14 @@ def _segment(job: Job, desk: Desk) -> None:
     results = Results(job, desk.blobs, predictor.card)
 
     def segmented() -> Segmentation:
-        return predictor.segment(files, progress, on_volume=results.look, probabilities=job.probabilities)
+        return predictor.segment(
+            files,
+            progress,
+            preprocess=job.preprocess,
+            grid=job.grid or None,
+            on_volume=results.look,
+            probabilities=job.probabilities,
+        )
 
     try:
         segmentation = segmented()
@@ -140,6 +147,7 @@ def _segment(job: Job, desk: Desk) -> None:
             "The mask may differ a little from the usual one."
         )
         segmentation = segmented()
+    warnings.extend(segmentation.warnings)
     progress.stage("saving")
     segmentation.save(mask)
     results.write(segmentation, lambda: desk.checkpoints.card_sha256(job.model))

@@ -94,6 +94,8 @@ class Origin(_Record):
     grid: MaskGrid
 
 
+Preprocess = Literal["auto", "none", "raw"]
+
 ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -122,7 +124,11 @@ class Job(_Record):
     weights_sha256: str = ""
     """Of the weights that the model's card named when the job was accepted, then of those that made the mask."""
     inputs: tuple[InputFile, ...] = Field(min_length=1)
-    """In the order given: the mask lies on the grid of the first."""
+    """In the order given: the mask lies on the grid of the first, unless `grid` names another."""
+    preprocess: Preprocess = "auto"
+    """Whether the images are registered and stripped first: `auto` where they need it, `none` never, `raw` always."""
+    grid: str = ""
+    """The modality on whose grid the mask is to lie; empty: the first given."""
     missing: tuple[str, ...] = ()
     labels: tuple[LabelName, ...] = ()
     expected: Expectation | None = None

@@ -11,7 +11,16 @@ from app.jobs.cards import CardError, ModelCard
 from app.web.origin import SAFE
 from app.web.problems import ProblemDocument, problems_of
 from app.web.service import Service
-from app.web.upload import MODEL_FIELD, PROBABILITIES_FIELD, TRUTHS
+from app.web.upload import GRID_FIELD, MODEL_FIELD, PREPROCESS, PREPROCESS_FIELD, PROBABILITIES_FIELD, TRUTHS
+
+PREPROCESSING: dict[str, Any] = {
+    "type": "string",
+    "enum": list(PREPROCESS),
+    "default": PREPROCESS[0],
+    "description": "raw: the images are as they come from the scanner; they are registered to each other and the skull "
+    "is stripped. none: they are taken as they are. auto: what they seem to need, and nothing for images that are "
+    "registered and stripped.",
+}
 
 ANYWHERE = ("not-http", "wrong-host", "busy", "internal")
 """What any request may be answered with, whatever its route: by what stands around the routes."""
@@ -83,15 +92,27 @@ def _form(service: Service) -> dict[str, Any]:
             text = f"{modality.description or modality.name} ({name}).{aliases}"
             field = images.setdefault(modality.name, {"type": "string", "format": "binary", "description": ""})
             field["description"] = f"{field['description']} {text}".strip()
+    grid: dict[str, Any] = {
+        "type": "string",
+        "description": "The modality, of those sent, on whose grid the mask is to lie. Without it: the first file's.",
+    }
+    if images:
+        grid["enum"] = sorted({n for c in cards.values() for m in c.task.modalities for n in (m.name, *m.aliases)})
     return {
         "required": True,
         "description": "One .nii or .nii.gz file per modality, any non-empty subset, each one 3-D volume. The mask is "
-        "on the grid of the first file. Names of files are neither used nor kept.",
+        "on the grid of the first file, unless `grid` names another. Names of files are neither used nor kept.",
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "properties": {MODEL_FIELD: choice, PROBABILITIES_FIELD: probabilities, **images},
+                    "properties": {
+                        MODEL_FIELD: choice,
+                        PREPROCESS_FIELD: PREPROCESSING,
+                        GRID_FIELD: grid,
+                        PROBABILITIES_FIELD: probabilities,
+                        **images,
+                    },
                     "anyOf": [{"required": [name]} for name in images] or [{}],
                     "additionalProperties": False,
                 },

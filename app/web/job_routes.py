@@ -45,7 +45,16 @@ IdempotencyKey = Annotated[
 
 _UPLOAD_PROBLEMS = [
     *("malformed-multipart", "not-multipart", "too-large", "no-images", "unknown-field", "duplicate-modality"),
-    *("unknown-model", "model-not-chosen", "empty-file", "not-nifti", "two-files", "corrupt-gzip", "truncated"),
+    *(
+        "invalid-request",
+        "unknown-model",
+        "model-not-chosen",
+        "empty-file",
+        "not-nifti",
+        "two-files",
+        "corrupt-gzip",
+        "truncated",
+    ),
     *("too-large-uncompressed", "bad-header", "bad-data-type", "bad-affine", "bad-spacing", "not-3d"),
     *("too-many-voxels", "too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full"),
     *("bad-idempotency-key", "idempotency-key-reused", "too-many-jobs", "queue-full", "unavailable", "broken-model"),
@@ -143,6 +152,8 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
         model=accepted.model,
         weights_sha256=card.weights_sha256,
         inputs=accepted.inputs,
+        preprocess=accepted.preprocess,
+        grid=accepted.grid,
         missing=tuple(name for name in card.modalities if name not in given),
         labels=tuple(LabelName(value=label.value, name=label.name) for label in card.task.labels),
         expected=card.expectation(given),

@@ -24,7 +24,7 @@ from app.web.service import Here, Service
 
 router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized", "unavailable"))
 
-STAGES = ("waiting", "loading", "normalising", "segmenting", "restoring", "saving", "all")
+STAGES = ("waiting", "loading", "preparing", "normalising", "segmenting", "restoring", "saving", "all")
 ENDS = [
     (JobState.SUCCEEDED, ""),
     (JobState.CANCELLED, ""),

@@ -7,7 +7,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.jobs.cards import LabelCard, ModalityCard, ModelCard, RegionCard, Scores
-from app.jobs.record import Expectation, Failure, Job, JobState, LabelName
+from app.jobs.record import Expectation, Failure, Job, JobState, LabelName, Preprocess
 
 NOTICE = "Research software, not a medical device: not for diagnosis, treatment or any other clinical decision."
 
@@ -24,6 +24,8 @@ EXAMPLE_JOB: dict[str, JsonValue] = {
     "model": "glioma-phantom-rfnet",
     "weights_sha256": "9f2c...",
     "modalities": {"given": ["t2", "flair"], "missing": ["t1ce", "t1"]},
+    "preprocess": "auto",
+    "grid": "t2",
     "labels": [{"value": 0, "name": "background"}, {"value": 1, "name": "necrotic core"}],
     "volumes_ml": None,
     "expected_dice": {"dataset": "phantoms", "cases": 16, "dice": {"WT": 0.9, "TC": 0.7, "ET": 0.4}},
@@ -47,7 +49,8 @@ EXAMPLE_JOB: dict[str, JsonValue] = {
 class Modalities(BaseModel):
     """Which images the model had and which it did without."""
 
-    given: list[str] = Field(description="In the order given; the mask lies on the grid of the first.")
+    given: list[str] = Field(description="In the order given; the mask lies on the grid of the first, unless another "
+    "one's was asked for.")
     missing: list[str]
 
 
@@ -85,7 +88,7 @@ class JobResource(BaseModel):
     id: str
     state: JobState
     position: int | None = Field(description="While queued: 1 is next.")
-    stage: str | None = Field(description="While running: starting, loading, normalising, segmenting or restoring.")
+    stage: str | None = Field(description="While running: starting, loading, preparing, normalising, segmenting or restoring.")
     percent: float = Field(ge=0, le=100)
     attempts: int
     created: datetime
@@ -94,6 +97,8 @@ class JobResource(BaseModel):
     model: str
     weights_sha256: str = Field(description="Of the weights that made, or will make, the mask.")
     modalities: Modalities
+    preprocess: Preprocess = Field(description="Whether the images are registered and stripped first.")
+    grid: str = Field(description="The modality on whose grid the mask lies.")
     labels: list[LabelName] = Field(description="What the values in the mask stand for.")
     volumes_ml: dict[str, float] | None = Field(description="Volume of each region in mL, once succeeded.")
     warnings: list[str] = Field(description="What a reader of the mask should know of it.")
@@ -124,6 +129,8 @@ class JobResource(BaseModel):
             model=job.model,
             weights_sha256=job.weights_sha256,
             modalities=Modalities(given=list(job.given), missing=list(job.missing)),
+            preprocess=job.preprocess,
+            grid=job.grid or job.given[0],
             labels=list(job.labels),
             volumes_ml=job.volumes_ml,
             warnings=list(job.warnings),

@@ -6,18 +6,18 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, get_args
 
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
 
 from app.jobs.cards import CardError, ModelCard
-from app.jobs.record import InputFile
+from app.jobs.record import InputFile, Preprocess
 from app.jobs.scan import Scan, check, check_same_field_of_view, magic
 from app.jobs.scan_header import ScanError
 from app.jobs.settings import Settings
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MODEL_FIELD, PROBABILITIES_FIELD = "model", "probabilities"
-TEXT_FIELDS = (MODEL_FIELD, PROBABILITIES_FIELD)
+MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD = "model", "preprocess", "grid", "probabilities"
+TEXT_FIELDS = (MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD)
 """Fields of the form that hold a word and no file."""
 MAX_WORD = 128
+PREPROCESS: tuple[Preprocess, ...] = get_args(Preprocess)
 TRUTHS = {"false": False, "true": True}
 BUFFER = 1 << 20
 """Bytes of one part in memory before they are written, and so of one upload."""
@@ -56,6 +57,9 @@ class Accepted:
     model: str
     card: ModelCard
     inputs: tuple[InputFile, ...]
+    preprocess: Preprocess
+    grid: str
+    """The modality on whose grid the mask is to lie; empty: the first given."""
     probabilities: bool
     fingerprint: str
     """Hex SHA-256 of what was sent: equal for the same model, options and bytes as the same modalities in order."""
@@ -175,6 +179,7 @@ class _Upload:
     async def accept(self) -> Accepted:
         """Look into all that was received. Raises `Problem` at the first thing that will not do."""
         name, card = self._chosen()
+        preprocess = self._preprocess()
         probabilities = self._probabilities()
         if not self._received:
             raise Problem(
@@ -195,6 +200,7 @@ class _Upload:
                     field=_short(received.field),
                 )
             files[modality] = received
+        grid = self._grid(card, files)
         scans: list[tuple[str, Scan]] = []
         inputs: list[InputFile] = []
         for modality, received in files.items():
@@ -210,9 +216,8 @@ class _Upload:
                 "Send images of one session; register them to each other if their headers disagree.",
                 field=_short(other),
             )
-        # Who asks for nothing more has the fingerprint that such a request always had.
-        fingerprint = _fingerprint([name, *([PROBABILITIES_FIELD] if probabilities else [])], files)
-        return Accepted(name, card, tuple(inputs), probabilities, fingerprint)
+        options = [name, preprocess, grid, *([PROBABILITIES_FIELD] if probabilities else [])]
+        return Accepted(name, card, tuple(inputs), preprocess, grid, probabilities, _fingerprint(options, files))
 
     async def _check(self, received: Received, filename: str) -> Scan:
         clean = self._folder / filename
@@ -220,6 +225,24 @@ class _Upload:
             return await run_sync(_exchange, received.path, clean, self._limits, limiter=self._service.checking)
         except ScanError as error:
             raise _scan_problem(received.field, error) from error
+
+    def _preprocess(self) -> Preprocess:
+        word = self._words.get(PREPROCESS_FIELD) or PREPROCESS[0]
+        for known in PREPROCESS:
+            if word == known:
+                return known
+        known_words = ", ".join(PREPROCESS)
+        raise _bad_word(PREPROCESS_FIELD, f"{_short(word)!r} is no way to preprocess", f"Name one of: {known_words}.")
+
+    def _grid(self, card: ModelCard, files: Mapping[str, Received]) -> str:
+        word = self._words.get(GRID_FIELD)
+        if not word:
+            return ""
+        modality = card.canonical(word)
+        if modality is None or modality not in files:
+            detail = f"the mask cannot lie on the grid of {_short(word)!r}, which is not sent"
+            raise _bad_word(GRID_FIELD, detail, f"Name one of: {', '.join(files)}.")
+        return modality
 
     def _probabilities(self) -> bool:
         known = TRUTHS.get(self._words.get(PROBABILITIES_FIELD, "false"))

@@ -312,7 +312,9 @@ def test_a_form_without_models_can_be_described(served):
     shutil.rmtree(served.models / "tiny")
     with serving(served) as api:
         form = api.get("/openapi.json").json()["paths"]["/segment"]["post"]["requestBody"]["content"]
-        assert set(form["multipart/form-data"]["schema"]["properties"]) == {"model", "probabilities"}
+        assert set(form["multipart/form-data"]["schema"]["properties"]) == {
+            *("model", "preprocess", "grid", "probabilities")
+        }
 
 
 def test_every_kind_of_problem_has_its_page_and_its_place_in_the_document(api):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from training.commands.windows import Window, window_size
 from training.errors import UserError
 
 if TYPE_CHECKING:
+    from models.predictor import Segmentation
     from models.task import Task
-    from training.batch import Segment
+    from training.batch import OnProgress, Segment
 
 ET, ET_VALUE = "ET", 3
 """The region of enhancing tumour, and what files of BraTS hold for it since 2023; before, they held 4."""
@@ -87,6 +90,19 @@ def predict(
     fast: Annotated[
         bool, typer.Option("--fast", help="Fewer windows (--overlap 0.25) in half of the time, less accurate.")
     ] = False,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            help="raw: register the scans and strip the skull; none: take them as they are; auto: raw for those that "
+            "need it.  [default: auto]",
+            show_default=False,
+        ),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Scans as they come from the scanner: --preprocess raw.")] = False,
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Modality on whose grid the mask is to lie.  [default: the first given]", show_default=False),
+    ] = None,
 ) -> None:
     """Segment a patient from whatever scans there are; the mask lies on the grid of the first one given.
 
@@ -98,6 +114,7 @@ def predict(
     from models.checkpoint import Checkpoint, CheckpointError, load_card
     from models.names import FolderError
     from models.predictor import FAST_OVERLAP, OVERLAP, OptionError, Predictor
+    from models.raw.prepare import AUTO, RAW
     from models.task import TaskError
     from models.volume import VolumeError
     from training.device import choose_device
@@ -107,6 +124,9 @@ def predict(
     if fast and overlap is not None:
         raise UserError(f"--fast is --overlap {FAST_OVERLAP:g}: give one of the two")
     share = FAST_OVERLAP if fast else OVERLAP if overlap is None else overlap
+    if raw and preprocess not in {None, RAW}:
+        raise UserError(f"--raw is --preprocess {RAW}: give one of the two")
+    mode = RAW if raw else preprocess or AUTO
     size = window_size(window)
     console = Console(stderr=True)
     try:
@@ -117,7 +137,12 @@ def predict(
             predictor = Predictor(
                 Checkpoint.load(checkpoint), choose_device(device), overlap=share, window=size, precision=precision
             )
-            return lambda files, on_progress: predictor.segment(files, on_progress).writing(values)
+
+            def segment(files: Mapping[str, Path], on_progress: OnProgress) -> Segmentation:
+                found = predictor.segment(files, on_progress, preprocess=mode, grid=grid)
+                return found.writing(values)
+
+            return segment
 
         if batch:
             from training.commands.batch import predict_batch
@@ -125,6 +150,7 @@ def predict(
             assert folder is not None
             written = card.model_copy(update={"task": card.task.writing(values)})
             settings = {"overlap": share, "window": size and list(size), "precision": precision}
+            settings |= {"preprocess": mode, "grid": grid}
             predict_batch(folder, output, written, settings, load)
             return
         if folder is not None:
@@ -147,6 +173,8 @@ def predict(
     volumes = ", ".join(f"{name} {ml:.2f} mL" for name, ml in result.volumes_ml.items())
     held = "".join(f"; {name} is {value}" for name, value in values.items())
     print(f"{output}: {volumes}{held} (research software, not a medical device)")
+    for warning in result.warnings:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}")
     if result.empty:
         console.print("[bold yellow]the mask is empty:[/] the model found nothing in these scans")
 

@@ -1,0 +1,98 @@
+"""Raw scans through the predictor: what is prepared stays as it was, and the mask lies where it was asked for."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from raw_scans import MOVED, moved, patient
+
+from models.checkpoint import Checkpoint
+from models.predictor import Predictor
+from models.raw.prepare import finest, prepare
+from models.task import Task, TaskError
+from models.volume import VolumeError
+from training.metrics import dice
+
+DEMO = Path(__file__).parents[2] / "models" / "checkpoints" / "glioma-phantom-rfnet"
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(Checkpoint.load(DEMO))
+
+
+@pytest.fixture(scope="module")
+def aligned(predictor):
+    return predictor.segment(patient())
+
+
+def silent(_stage, _fraction):
+    pass
+
+
+def test_auto_leaves_prepared_scans_as_they_are(predictor, aligned, one_thread):
+    scans = patient()
+    task = predictor.task
+    prepared = prepare(scans, task, "auto", silent)
+    assert list(prepared.volumes) == list(scans)
+    assert all(prepared.volumes[name] is scan for name, scan in scans.items())
+    assert prepared.warnings == ()
+    again = predictor.segment(scans, preprocess="auto")
+    np.testing.assert_array_equal(again.classes, predictor.segment(scans).classes)
+
+
+def test_moved_scans_are_brought_back(predictor, aligned):
+    scans = {"t1": patient()["t1"], "flair": moved("flair")}
+    stages = []
+    result = predictor.segment(scans, lambda stage, _: stages.append(stage), preprocess="auto")
+    assert "preparing" in stages
+    assert result.warnings[0].startswith("The scans were registered to t1: flair by ")
+    want = predictor.segment({name: patient()[name] for name in scans}).classes > 0
+    assert want.any()
+    good, bad = dice(result.classes > 0, want), dice(predictor.segment(scans).classes > 0, want)
+    assert good > 0.8
+    assert good > bad + 0.2
+
+
+def test_the_mask_lies_on_the_grid_that_is_named(predictor, tmp_path):
+    scans = {"t1": patient()["t1"], "flair": moved("flair")}
+    on_t1 = predictor.segment(scans, preprocess="raw")
+    on_flair = predictor.segment(scans, preprocess="raw", grid="t2f")
+    on_flair.save(tmp_path / "mask.nii.gz")
+    mask = nib.load(tmp_path / "mask.nii.gz")
+    assert mask.shape == scans["flair"].data.shape
+    np.testing.assert_allclose(mask.affine, scans["flair"].grid.affine, atol=1e-4)
+    # The middle of the tumour moved as the patient did.
+    places = []
+    for result, grid in ((on_t1, scans["t1"].grid), (on_flair, scans["flair"].grid)):
+        middle = np.argwhere(result.classes > 0).mean(0)
+        places.append(grid.affine[:3, :3] @ middle + grid.affine[:3, 3])
+    true = MOVED.matrix(scans["t1"].grid)
+    assert np.linalg.norm(true[:3, :3] @ places[0] + true[:3, 3] - places[1]) < 2
+    assert on_flair.volumes_ml["WT"] == pytest.approx(on_t1.volumes_ml["WT"], rel=0.08)
+
+
+def test_a_grid_is_one_of_a_scan_that_is_given(predictor):
+    with pytest.raises(TaskError, match="cannot lie on the grid of t2, which is not given"):
+        predictor.segment({"t1": patient()["t1"]}, grid="t2")
+
+
+def test_the_finest_scan_is_the_reference():
+    task = Task.load("glioma")
+    assert finest({"t1": patient()["t1"], "flair": moved("flair")}, task) == "t1"
+    assert finest({"t2": patient()["t2"], "t1ce": patient()["t1ce"]}, task) == "t1ce"
+
+
+def test_what_cannot_be_prepared_is_said():
+    with pytest.raises(TaskError, match="preprocess 'maybe' is none of auto, none, raw"):
+        prepare(patient(), Task.load("glioma"), "maybe", silent)
+    with pytest.raises(TaskError, match="preprocess raw is for scans of the head"):
+        prepare({"t2": patient()["t2"]}, Task.load("prostate"), "raw", silent)
+
+
+def test_scans_of_nothing_alike_end_with_a_reason(predictor):
+    noise = np.random.default_rng(0).rayleigh(50, (50, 60, 40)).astype(np.float32)
+    scans = {"t1": patient()["t1"], "t2": type(patient()["t1"])(noise, moved("t2").grid)}
+    with pytest.raises(VolumeError, match="t2: could not be registered to t1"):
+        predictor.segment(scans, preprocess="raw")

@@ -267,9 +267,10 @@ class _Upload:
 
     def _refuse_strangers(self, field: str) -> None:
         """Turn a field away before its bytes arrive, as far as that can be known: the model may be named after it."""
+        named = self._words.get(MODEL_FIELD)
         cards = [
             card
-            for name in ([model] if (model := self._words.get(MODEL_FIELD)) else self._service.models.names())
+            for name in ([named] if named else self._service.models.names())
             if (card := self._card(name)) is not None
         ]
         if cards and not any(card.canonical(field) for card in cards):

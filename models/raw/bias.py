@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from models.raw.itk import alone
 from models.volume import Volume
 
 SHRINK = 4
@@ -33,9 +34,9 @@ def corrected(volume: Volume, brain: npt.NDArray[np.bool_]) -> Volume:
     )]
     small, mask = sitk.Shrink(whole, factors), sitk.Shrink(image(where.astype(np.uint8)), factors)
     method = sitk.N4BiasFieldCorrectionImageFilter()
-    method.SetNumberOfThreads(1)
     method.SetMaximumNumberOfIterations(ITERATIONS)
-    method.Execute(small, mask)
-    field = np.exp(sitk.GetArrayFromImage(method.GetLogBiasFieldAsImage(whole)).T)
+    with alone():
+        method.Execute(small, mask)
+        field = np.exp(sitk.GetArrayFromImage(method.GetLogBiasFieldAsImage(whole)).T)
     field /= field[where].mean()
     return replace(volume, data=np.asarray(volume.data / field, np.float32))

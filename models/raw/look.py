@@ -13,8 +13,8 @@ from models.raw.similarity import off_the_best
 from models.task import Task
 from models.volume import Volume, VolumeError
 
-LOOK_MM = 3.0
-"""Voxels of the copies that are looked at. A skull is 5 to 8 mm thick."""
+LOOK_MM = 4.0
+"""Voxels of the copies that are looked at: a skull is 5 to 8 mm thick, and a look takes no time."""
 LARGEST_BRAIN_ML = 2600
 """Above it, what is bright is a head: brains have 900 to 2000 mL."""
 OUTSIDE = 0.05
@@ -25,6 +25,8 @@ OFF_MM = 1.0
 OFF_DEGREES = 1.5
 """How far from the best position two scans may be and still count as aligned."""
 PROBE = 3.0
+BRIGHT_FLUID, DARK_FLUID = 1.03, 0.97
+"""Of a rim over what is under it: in a T2 what is outside, fluid and grey matter, is brighter, in others darker."""
 SAME_OUTLINE = 0.9
 """Dice of two brains' outlines below which they are hardly one patient's."""
 MOST_LABELS = 12
@@ -45,7 +47,7 @@ class Look:
     head: bool
     """Whether there is a skull around the brain."""
     rim: float
-    """Grey value of the brain's outer 6 mm over that of its depth; NaN for a head."""
+    """Grey value of the brain's outer 6 mm over that of the layer under it; NaN for a head."""
 
     @classmethod
     def at(cls, volume: Volume) -> Look:
@@ -79,10 +81,12 @@ def _has_bone(coarse: Coarse, bright: Bool, depth: np.ndarray) -> bool:
 
 
 def _rim(coarse: Coarse, bright: Bool, depth: np.ndarray) -> float:
-    rim, deep = coarse.data[bright & (depth <= 6)], coarse.data[bright & (depth > 15)]
+    # Not much deeper, where coils see less: their shading is no contrast.
+    rim, deep = coarse.data[bright & (depth <= 6)], coarse.data[bright & (depth > 9) & (depth <= 20)]
     if rim.size < FEW // 100 or deep.size < FEW // 100:
         return float("nan")
-    return float(np.median(rim)) / max(float(np.median(deep)), 1e-6)
+    # A high quantile: thick slices mix the outermost voxels with the air.
+    return float(np.quantile(rim, 0.75)) / max(float(np.median(deep)), 1e-6)
 
 
 def aligned(looks: Mapping[str, Look], reference: str) -> bool:
@@ -109,10 +113,6 @@ def refuse_labels(volumes: Mapping[str, Volume]) -> None:
                 f"{name}: the image has {values.size} values, all whole numbers: this is a mask, not a scan; give the "
                 "scan itself, or leave this modality out"
             )
-
-
-BRIGHT_FLUID, DARK_FLUID = 1.18, 0.92
-"""Of a rim over its depth: a T2 is brighter outside, where fluid and grey matter are, a T1 darker."""
 
 
 def doubts(looks: Mapping[str, Look], reference: str) -> list[str]:

@@ -109,7 +109,7 @@ class Job(_Record):
     owner: str = ""
     """Id of the key that sent it; only that key sees the job. Empty where the service asks for no keys."""
     fingerprint: str = ""
-    """SHA-256 of the model's name, the options and what was sent, so that a repeated request is told from another one."""
+    """SHA-256 of the model's name, the options and what was sent: tells a repeated request from another one."""
     idempotency: str = ""
     """SHA-256 of the sender's Idempotency-Key, if there was one."""
 

@@ -47,7 +47,16 @@ NIFTI_GZ = "application/gzip"
 
 _UPLOAD_PROBLEMS = [
     *("malformed-multipart", "not-multipart", "too-large", "no-images", "unknown-field", "duplicate-modality"),
-    *("invalid-request", "unknown-model", "model-not-chosen", "empty-file", "not-nifti", "two-files", "corrupt-gzip", "truncated"),
+    *(
+        "invalid-request",
+        "unknown-model",
+        "model-not-chosen",
+        "empty-file",
+        "not-nifti",
+        "two-files",
+        "corrupt-gzip",
+        "truncated",
+    ),
     *("too-large-uncompressed", "bad-header", "bad-data-type", "bad-affine", "bad-spacing", "not-3d"),
     *("too-many-voxels", "too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full"),
     *("bad-idempotency-key", "idempotency-key-reused", "too-many-jobs", "queue-full", "unavailable", "broken-model"),
@@ -181,7 +190,7 @@ def _create(service: Service, job: Job) -> Job:
     except KeyReusedError:
         raise Problem(
             "idempotency-key-reused",
-            "the Idempotency-Key was sent before, with other images, in another order, or with another model or other options",
+            "the Idempotency-Key was sent before, with other images, another order or other options",
             "Use a new key for a new request.",
             field="Idempotency-Key",
         ) from None
@@ -271,8 +280,8 @@ async def events(record: OwnJob, service: Here) -> AsyncIterator[JobResource]:
     responses={
         200: {
             "description": "A gzipped NIfTI file (uint8, or uint16 where the model's values need it; label intent) on "
-            "the grid of the first image given, or of the one that `grid` names: same shape, affine, sform and qform codes, zooms. The job's `labels` "
-            "name its values.",
+            "the grid of the first image given, or of the one that `grid` names: same shape, affine, sform and qform "
+            "codes, zooms. The job's `labels` name its values.",
             "content": {NIFTI_GZ: {"schema": {"type": "string", "format": "binary"}}},
         },
         **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),

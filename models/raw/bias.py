@@ -29,9 +29,10 @@ def corrected(volume: Volume, brain: npt.NDArray[np.bool_]) -> Volume:
     if not where.any():
         return volume
     whole = image(volume.data)
-    factors = [max(1, min(SHRINK, round(SHRINK / zoom), n // 8)) for zoom, n in zip(
-        volume.grid.zooms, volume.data.shape, strict=True
-    )]
+    factors = [
+        max(1, min(SHRINK, round(SHRINK / zoom), n // 8))
+        for zoom, n in zip(volume.grid.zooms, volume.data.shape, strict=True)
+    ]
     small, mask = sitk.Shrink(whole, factors), sitk.Shrink(image(where.astype(np.uint8)), factors)
     method = sitk.N4BiasFieldCorrectionImageFilter()
     method.SetMaximumNumberOfIterations(ITERATIONS)

@@ -30,7 +30,10 @@ BRIGHT_FLUID, DARK_FLUID = 1.03, 0.97
 SAME_OUTLINE = 0.9
 """Dice of two brains' outlines below which they are hardly one patient's."""
 MOST_LABELS = 12
-FEW = 20_000
+SAMPLED = 20_000
+"""Voxels that are counted first: a scan has more values among them than a mask."""
+FEWEST = 200
+"""Voxels below which a layer tells nothing."""
 
 
 def is_brain(task: Task) -> bool:
@@ -69,21 +72,19 @@ def _air_is_left(coarse: Coarse, bright: Bool) -> bool:
 def _has_bone(coarse: Coarse, bright: Bool, depth: np.ndarray) -> bool:
     """Whether a dark layer lies between a bright one at the surface and the brain."""
     deep = coarse.data[bright & (depth > 18)]
-    if deep.size < FEW // 100:
+    if deep.size < FEWEST:
         return False
     inner = float(np.median(deep))
     layers = [coarse.data[bright & (depth > low) & (depth <= low + 3)] for low in range(0, 18, 3)]
     medians = [float(np.median(layer)) if layer.size else 0.0 for layer in layers]
     darks = [float(np.quantile(layer, 0.3)) if layer.size else 0.0 for layer in layers]
-    return any(
-        darks[n] < VALLEY * min(max(medians[:n]), inner) for n in range(1, len(layers)) if layers[n].size
-    )
+    return any(darks[n] < VALLEY * min(max(medians[:n]), inner) for n in range(1, len(layers)) if layers[n].size)
 
 
 def _rim(coarse: Coarse, bright: Bool, depth: np.ndarray) -> float:
     # Not much deeper, where coils see less: their shading is no contrast.
     rim, deep = coarse.data[bright & (depth <= 6)], coarse.data[bright & (depth > 9) & (depth <= 20)]
-    if rim.size < FEW // 100 or deep.size < FEW // 100:
+    if rim.size < FEWEST or deep.size < FEWEST:
         return float("nan")
     # A high quantile: thick slices mix the outermost voxels with the air.
     return float(np.quantile(rim, 0.75)) / max(float(np.median(deep)), 1e-6)
@@ -104,7 +105,7 @@ def aligned(looks: Mapping[str, Look], reference: str) -> bool:
 def refuse_labels(volumes: Mapping[str, Volume]) -> None:
     """Raises `VolumeError` for a scan that is a mask: few values, all whole numbers."""
     for name, volume in volumes.items():
-        step = max(1, round((volume.data.size / FEW) ** (1 / 3)))
+        step = max(1, round((volume.data.size / SAMPLED) ** (1 / 3)))
         if np.unique(volume.data[::step, ::step, ::step]).size > MOST_LABELS:
             continue
         values = np.unique(volume.data)

@@ -311,7 +311,7 @@ def test_a_form_without_models_can_be_described(served):
     shutil.rmtree(served.models / "tiny")
     with serving(served) as api:
         form = api.get("/openapi.json").json()["paths"]["/segment"]["post"]["requestBody"]["content"]
-        assert set(form["multipart/form-data"]["schema"]["properties"]) == {"model"}
+        assert set(form["multipart/form-data"]["schema"]["properties"]) == {"model", "preprocess", "grid"}
 
 
 def test_every_kind_of_problem_has_its_page_and_its_place_in_the_document(api):

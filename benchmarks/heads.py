@@ -88,8 +88,8 @@ def shaded(volume: Volume, strength: float, seed: int = 0) -> Volume:
 def scanned(volume: Volume, motion: Motion, spacing: tuple[float, float, float], margin: float = 10.0) -> Volume:
     """The volume as a scan of its own: the patient moved, voxels of another size, each the mean over its extent.
 
-    The header knows the scanner, not the patient: it does not tell of the motion. `margin`: mm beyond the first field of
-    view on each side, so that nothing is cut off.
+    The header knows the scanner, not the patient: it does not tell of the motion. `margin`: mm beyond the first field
+    of view on each side, so that nothing is cut off.
     """
     grid = volume.grid
     zooms = np.array(grid.zooms)

@@ -1,9 +1,9 @@
 """Scans as they come from the scanner: how well they are registered, stripped and segmented, on phantoms.
 
-    python -m benchmarks.raw registration --patients 3
-    python -m benchmarks.raw masks --patients 5
-    python -m benchmarks.raw heads --patients 2
-    python -m benchmarks.raw template T1_WITH_SKULL.nii T1_STRIPPED.nii
+python -m benchmarks.raw registration --patients 3
+python -m benchmarks.raw masks --patients 5
+python -m benchmarks.raw heads --patients 2
+python -m benchmarks.raw template T1_WITH_SKULL.nii T1_STRIPPED.nii
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def registration(patients: int) -> None:
         for (name, share), rows in found.items():
             offs, seconds = np.array(rows).T
             size = " x ".join(f"{s:g}" for s in SPACINGS[name])
+            refused = int(np.isnan(offs).sum())
             print(
                 f"| {'head' if skull else 'stripped'} | {name} | {size} | {20 * share:g} mm, {15 * share:g} degrees | "
-                f"{np.nanmean(offs):.2f} | {np.nanmax(offs):.2f} | {int(np.isnan(offs).sum())} | {seconds.mean():.1f} |",
+                f"{np.nanmean(offs):.2f} | {np.nanmax(offs):.2f} | {refused} | {seconds.mean():.1f} |",
                 flush=True,
             )
 

@@ -49,8 +49,9 @@ EXAMPLE_JOB: dict[str, JsonValue] = {
 class Modalities(BaseModel):
     """Which images the model had and which it did without."""
 
-    given: list[str] = Field(description="In the order given; the mask lies on the grid of the first, unless another "
-    "one's was asked for.")
+    given: list[str] = Field(
+        description="In the order given; the mask lies on the grid of the first, unless another one's was asked for."
+    )
     missing: list[str]
 
 
@@ -88,7 +89,9 @@ class JobResource(BaseModel):
     id: str
     state: JobState
     position: int | None = Field(description="While queued: 1 is next.")
-    stage: str | None = Field(description="While running: starting, loading, preparing, normalising, segmenting or restoring.")
+    stage: str | None = Field(
+        description="While running: starting, loading, preparing, normalising, segmenting or restoring."
+    )
     percent: float = Field(ge=0, le=100)
     attempts: int
     created: datetime

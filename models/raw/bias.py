@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from models.raw.itk import alone
 from models.volume import Volume
 
 SHRINK = 4
@@ -28,14 +29,15 @@ def corrected(volume: Volume, brain: npt.NDArray[np.bool_]) -> Volume:
     if not where.any():
         return volume
     whole = image(volume.data)
-    factors = [max(1, min(SHRINK, round(SHRINK / zoom), n // 8)) for zoom, n in zip(
-        volume.grid.zooms, volume.data.shape, strict=True
-    )]
+    factors = [
+        max(1, min(SHRINK, round(SHRINK / zoom), n // 8))
+        for zoom, n in zip(volume.grid.zooms, volume.data.shape, strict=True)
+    ]
     small, mask = sitk.Shrink(whole, factors), sitk.Shrink(image(where.astype(np.uint8)), factors)
     method = sitk.N4BiasFieldCorrectionImageFilter()
-    method.SetNumberOfThreads(1)
     method.SetMaximumNumberOfIterations(ITERATIONS)
-    method.Execute(small, mask)
-    field = np.exp(sitk.GetArrayFromImage(method.GetLogBiasFieldAsImage(whole)).T)
+    with alone():
+        method.Execute(small, mask)
+        field = np.exp(sitk.GetArrayFromImage(method.GetLogBiasFieldAsImage(whole)).T)
     field /= field[where].mean()
     return replace(volume, data=np.asarray(volume.data / field, np.float32))

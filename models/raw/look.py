@@ -13,8 +13,8 @@ from models.raw.similarity import off_the_best
 from models.task import Task
 from models.volume import Volume, VolumeError
 
-LOOK_MM = 3.0
-"""Voxels of the copies that are looked at. A skull is 5 to 8 mm thick."""
+LOOK_MM = 4.0
+"""Voxels of the copies that are looked at: a skull is 5 to 8 mm thick, and a look takes no time."""
 LARGEST_BRAIN_ML = 2600
 """Above it, what is bright is a head: brains have 900 to 2000 mL."""
 OUTSIDE = 0.05
@@ -25,10 +25,15 @@ OFF_MM = 1.0
 OFF_DEGREES = 1.5
 """How far from the best position two scans may be and still count as aligned."""
 PROBE = 3.0
+BRIGHT_FLUID, DARK_FLUID = 1.03, 0.97
+"""Of a rim over what is under it: in a T2 what is outside, fluid and grey matter, is brighter, in others darker."""
 SAME_OUTLINE = 0.9
 """Dice of two brains' outlines below which they are hardly one patient's."""
 MOST_LABELS = 12
-FEW = 20_000
+SAMPLED = 20_000
+"""Voxels that are counted first: a scan has more values among them than a mask."""
+FEWEST = 200
+"""Voxels below which a layer tells nothing."""
 
 
 def is_brain(task: Task) -> bool:
@@ -45,7 +50,7 @@ class Look:
     head: bool
     """Whether there is a skull around the brain."""
     rim: float
-    """Grey value of the brain's outer 6 mm over that of its depth; NaN for a head."""
+    """Grey value of the brain's outer 6 mm over that of the layer under it; NaN for a head."""
 
     @classmethod
     def at(cls, volume: Volume) -> Look:
@@ -67,22 +72,22 @@ def _air_is_left(coarse: Coarse, bright: Bool) -> bool:
 def _has_bone(coarse: Coarse, bright: Bool, depth: np.ndarray) -> bool:
     """Whether a dark layer lies between a bright one at the surface and the brain."""
     deep = coarse.data[bright & (depth > 18)]
-    if deep.size < FEW // 100:
+    if deep.size < FEWEST:
         return False
     inner = float(np.median(deep))
     layers = [coarse.data[bright & (depth > low) & (depth <= low + 3)] for low in range(0, 18, 3)]
     medians = [float(np.median(layer)) if layer.size else 0.0 for layer in layers]
     darks = [float(np.quantile(layer, 0.3)) if layer.size else 0.0 for layer in layers]
-    return any(
-        darks[n] < VALLEY * min(max(medians[:n]), inner) for n in range(1, len(layers)) if layers[n].size
-    )
+    return any(darks[n] < VALLEY * min(max(medians[:n]), inner) for n in range(1, len(layers)) if layers[n].size)
 
 
 def _rim(coarse: Coarse, bright: Bool, depth: np.ndarray) -> float:
-    rim, deep = coarse.data[bright & (depth <= 6)], coarse.data[bright & (depth > 15)]
-    if rim.size < FEW // 100 or deep.size < FEW // 100:
+    # Not much deeper, where coils see less: their shading is no contrast.
+    rim, deep = coarse.data[bright & (depth <= 6)], coarse.data[bright & (depth > 9) & (depth <= 20)]
+    if rim.size < FEWEST or deep.size < FEWEST:
         return float("nan")
-    return float(np.median(rim)) / max(float(np.median(deep)), 1e-6)
+    # A high quantile: thick slices mix the outermost voxels with the air.
+    return float(np.quantile(rim, 0.75)) / max(float(np.median(deep)), 1e-6)
 
 
 def aligned(looks: Mapping[str, Look], reference: str) -> bool:
@@ -100,7 +105,7 @@ def aligned(looks: Mapping[str, Look], reference: str) -> bool:
 def refuse_labels(volumes: Mapping[str, Volume]) -> None:
     """Raises `VolumeError` for a scan that is a mask: few values, all whole numbers."""
     for name, volume in volumes.items():
-        step = max(1, round((volume.data.size / FEW) ** (1 / 3)))
+        step = max(1, round((volume.data.size / SAMPLED) ** (1 / 3)))
         if np.unique(volume.data[::step, ::step, ::step]).size > MOST_LABELS:
             continue
         values = np.unique(volume.data)
@@ -109,10 +114,6 @@ def refuse_labels(volumes: Mapping[str, Volume]) -> None:
                 f"{name}: the image has {values.size} values, all whole numbers: this is a mask, not a scan; give the "
                 "scan itself, or leave this modality out"
             )
-
-
-BRIGHT_FLUID, DARK_FLUID = 1.18, 0.92
-"""Of a rim over its depth: a T2 is brighter outside, where fluid and grey matter are, a T1 darker."""
 
 
 def doubts(looks: Mapping[str, Look], reference: str) -> list[str]:

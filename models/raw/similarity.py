@@ -26,7 +26,9 @@ def similarity(fixed: Coarse, moving: Coarse, matrix: Affine, where: Bool | None
     return _shared(fixed.data[there], seen[there])
 
 
-def turn_about(centre: npt.NDArray[np.float64], degrees: npt.NDArray[np.float64], mm: npt.NDArray[np.float64]) -> Affine:
+def turn_about(
+    centre: npt.NDArray[np.float64], degrees: npt.NDArray[np.float64], mm: npt.NDArray[np.float64]
+) -> Affine:
     """A rotation about the world's axes, in turn, around `centre`, then a shift: (4, 4) in mm."""
     turned = np.eye(3)
     for axis, angle in enumerate(np.radians(degrees)):
@@ -69,7 +71,7 @@ def _shared(a: Float, b: Float) -> float:
 def _levels(values: Float) -> npt.NDArray[np.intp]:
     low, high = np.quantile(values, (0.002, 0.998))
     scaled = (values - low) * (BINS / max(float(high - low), 1e-6))
-    return np.clip(scaled, 0, BINS - 1).astype(np.intp)
+    return np.asarray(np.clip(scaled, 0, BINS - 1), np.intp)
 
 
 def _entropy(shares: npt.NDArray[np.float64]) -> float:

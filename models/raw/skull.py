@@ -35,9 +35,9 @@ def brain_of(name: str, volume: Volume) -> npt.NDArray[np.bool_]:
 
     Raises `NoStripperError` where deepbet is not installed, and `VolumeError` where no brain is found.
     """
-    image = nib.Nifti1Image(volume.data, volume.grid.affine)
+    extraction = _deepbet()
     try:
-        _, mask, _ = _deepbet().run(image)
+        _, mask, _ = extraction.run(nib.Nifti1Image(volume.data, volume.grid.affine))
     except (AssertionError, ValueError, RuntimeError):  # its ways to say that nothing was found
         mask = None
     found = np.zeros(volume.data.shape, bool) if mask is None else np.asarray(mask.dataobj) > 0

@@ -113,20 +113,14 @@ def predict(
     """
     from models.checkpoint import Checkpoint, CheckpointError, load_card
     from models.names import FolderError
-    from models.predictor import FAST_OVERLAP, OVERLAP, OptionError, Predictor
-    from models.raw.prepare import AUTO, RAW
+    from models.predictor import OptionError, Predictor
     from models.task import TaskError
     from models.volume import VolumeError
     from training.device import choose_device
 
     files: dict[str, Path] = context.meta.get(GIVEN, {})
     _check(files, folder, output, batch)
-    if fast and overlap is not None:
-        raise UserError(f"--fast is --overlap {FAST_OVERLAP:g}: give one of the two")
-    share = FAST_OVERLAP if fast else OVERLAP if overlap is None else overlap
-    if raw and preprocess not in {None, RAW}:
-        raise UserError(f"--raw is --preprocess {RAW}: give one of the two")
-    mode = RAW if raw else preprocess or AUTO
+    share, mode = _share(fast, overlap), _mode(raw, preprocess)
     size = window_size(window)
     console = Console(stderr=True)
     try:
@@ -194,6 +188,22 @@ def label_values(task: Task, et_value: int | None) -> dict[str, int]:
             raise UserError(f"--et-value {et_value}: task {task.name} knows {label.name} as {known}")
         return {label.name: et_value}
     return {label.name: ET_VALUE} if label is not None and ET_VALUE in (label.value, *label.also_read) else {}
+
+
+def _share(fast: bool, overlap: float | None) -> float:
+    from models.predictor import FAST_OVERLAP, OVERLAP
+
+    if fast and overlap is not None:
+        raise UserError(f"--fast is --overlap {FAST_OVERLAP:g}: give one of the two")
+    return FAST_OVERLAP if fast else OVERLAP if overlap is None else overlap
+
+
+def _mode(raw: bool, preprocess: str | None) -> str:
+    from models.raw.prepare import AUTO, RAW
+
+    if raw and preprocess not in {None, RAW}:
+        raise UserError(f"--raw is --preprocess {RAW}: give one of the two")
+    return RAW if raw else preprocess or AUTO
 
 
 def _check(files: dict[str, Path], folder: Path | None, output: Path, batch: bool) -> None:

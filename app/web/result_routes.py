@@ -28,8 +28,8 @@ NIFTI_GZ, PNG = "application/gzip", "image/png"
     responses={
         200: {
             "description": "A gzipped NIfTI file (uint8, or uint16 where the model's values need it; label intent) on "
-            "the grid of the first image given, or of the one that `grid` names: same shape, affine, sform and qform codes, zooms. The job's `labels` "
-            "name its values.",
+            "the grid of the first image given, or of the one that `grid` names: same shape, affine, sform and qform "
+            "codes, zooms. The job's `labels` name its values.",
             "content": {NIFTI_GZ: {"schema": {"type": "string", "format": "binary"}}},
         },
         **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),

@@ -48,7 +48,7 @@ def error_mm(found: np.ndarray, true: np.ndarray, volume: Volume) -> float:
 
 
 def registration(patients: int) -> None:
-    print("| input | contrast | voxels, mm | motion | mean error, mm | worst, mm | refused | s |")
+    print("| input | contrast | voxels, mm | motion | mean error, mm | worst, mm | refused | CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     for skull in (False, True):
         found: dict[tuple[str, float], list[tuple[float, float]]] = {}
@@ -60,14 +60,14 @@ def registration(patients: int) -> None:
                     rng = np.random.default_rng([index, number, len(name)])
                     moved = motion(rng, share)
                     scan = scanned(scans[name], moved, SPACINGS[name])
-                    start = time.perf_counter()
+                    start = time.process_time()
                     try:
                         result = register(scans["t1"], scan, name, "t1")
                         off = error_mm(result.matrix, moved.matrix(scans[name].grid), brains["t1"])
                     except VolumeError as error:
                         print(f"<!-- {error} -->")
                         off = float("nan")
-                    found.setdefault((name, share), []).append((off, time.perf_counter() - start))
+                    found.setdefault((name, share), []).append((off, time.process_time() - start))
         for (name, share), rows in found.items():
             offs, seconds = np.array(rows).T
             size = " x ".join(f"{s:g}" for s in SPACINGS[name])
@@ -103,16 +103,16 @@ def masks(patients: int) -> None:
             ("head on one grid, raw", heads, RAW),
         ):
             files = {"t1": given["t1"], **given}
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 classes = predictor.segment(files, preprocess=mode).classes
             except VolumeError as error:
                 print(f"<!-- {way}: {error} -->")
                 continue
-            seconds.setdefault(way, []).append(time.perf_counter() - start)
+            seconds.setdefault(way, []).append(time.process_time() - start)
             score = {r.name: dice(np.isin(classes, r.labels), np.isin(truth, r.labels)) for r in regions}
             ways.setdefault(way, []).append(score)
-    print(f"| input | patients | {' | '.join(r.name for r in regions)} | s |")
+    print(f"| input | patients | {' | '.join(r.name for r in regions)} | CPU s |")
     print("|---|---|" + "---|" * (len(regions) + 1))
     for way, scores in ways.items():
         means = " | ".join(f"{np.nanmean([s[r.name] for s in scores]):.3f}" for r in regions)
@@ -120,7 +120,7 @@ def masks(patients: int) -> None:
 
 
 def heads(patients: int) -> None:
-    print("| contrast | Dice of the brain, mean | least | s |")
+    print("| contrast | Dice of the brain, mean | least | CPU s |")
     print("|---|---|---|---|")
     found: dict[str, list[tuple[float, float]]] = {}
     for index in range(1, patients + 1):
@@ -135,7 +135,7 @@ def template(head: Path, stripped: Path) -> None:
     print(f"<!-- looks like a head: {Look.at(whole).head}; stripped: {Look.at(Volume.load(stripped)).head} -->")
     bright = float(np.quantile(whole.data[brain], 0.98))
     inverted = np.where(whole.data > 0.15 * bright, np.clip(1.3 * bright - whole.data, 0.1 * bright, None), whole.data)
-    print("| contrast | Dice of the brain, mean | least | s |")
+    print("| contrast | Dice of the brain, mean | least | CPU s |")
     print("|---|---|---|---|")
     _print(
         {
@@ -146,12 +146,12 @@ def template(head: Path, stripped: Path) -> None:
 
 
 def _stripped(name: str, head: Volume, brain: np.ndarray) -> tuple[float, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
-        return dice(brain_of(name, head), brain), time.perf_counter() - start
+        return dice(brain_of(name, head), brain), time.process_time() - start
     except VolumeError as error:
         print(f"<!-- {error} -->")
-        return 0.0, time.perf_counter() - start
+        return 0.0, time.process_time() - start
 
 
 def _print(found: dict[str, list[tuple[float, float]]]) -> None:

@@ -6,11 +6,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 from raw_scans import MOVED, moved, patient
+from typer.testing import CliRunner
 
 from models.checkpoint import Checkpoint
 from models.predictor import Predictor
 from models.raw.prepare import finest, prepare
 from models.task import Task, TaskError
+from training.cli import app
+from training.errors import UserError
 from training.metrics import dice
 
 DEMO = Path(__file__).parents[2] / "models" / "checkpoints" / "glioma-phantom-rfnet"
@@ -92,3 +95,24 @@ def test_what_cannot_be_prepared_is_said():
         prepare(patient(), Task.load("glioma"), "maybe", silent)
     with pytest.raises(TaskError, match="preprocess raw is for scans of the head"):
         prepare({"t2": patient()["t2"]}, Task.load("prostate"), "raw", silent)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)])
+
+
+def test_the_command_prints_the_warnings(tmp_path):
+    for name in ("t1", "t2"):
+        scan = patient()[name]
+        nib.save(nib.Nifti1Image(scan.data, scan.grid.affine), tmp_path / f"{name}.nii")
+    out = tmp_path / "mask.nii"
+    result = run(DEMO, "-o", out, "--t1", tmp_path / "t2.nii", "--t2", tmp_path / "t1.nii", "--grid", "t2")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("was another scan") == 2
+    assert out.exists()
+
+
+def test_raw_and_another_way_exclude_each_other(tmp_path):
+    result = run(DEMO, "-o", tmp_path / "mask.nii", "--t1", "a.nii", "--raw", "--preprocess", "none")
+    assert isinstance(result.exception, UserError)
+    assert "--raw is --preprocess raw" in str(result.exception)

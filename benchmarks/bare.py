@@ -27,10 +27,10 @@ def main() -> None:
     predictor = Predictor(Checkpoint.load(options.model, device="cpu"), "cpu")
     with tempfile.TemporaryDirectory(prefix="passion-bare-") as folder:
         mask = Path(folder) / "mask.nii.gz"
-        predictor.segment(files).save(mask)  # the first one pays for what the others find in memory
+        predictor.segment(files, preprocess="auto").save(mask)  # the first one pays for what the others find in memory
         ends, used = [time.perf_counter()], time.process_time()
         for _ in range(options.jobs):
-            predictor.segment(files).save(mask)
+            predictor.segment(files, preprocess="auto").save(mask)
             ends.append(time.perf_counter())
         used = time.process_time() - used
     print(json.dumps({"seconds": [end - begin for begin, end in pairwise(ends)], "cpu_s": used / options.jobs}))

@@ -182,7 +182,7 @@ def own_jobs(parts: Parts) -> list[dict]:
 
 
 def stray_masks(parts: Parts) -> int:
-    return sum(max(0, len(list(folder.glob("output/*"))) - 1) for folder in parts.settings.store.iterdir())
+    return sum(max(0, len(list(folder.glob("output/mask-*"))) - 1) for folder in parts.settings.store.iterdir())
 
 
 def main() -> int:

@@ -46,7 +46,7 @@ def no_orphans(parts):
     mine = {job["id"]: job for job in parts.http.get("/jobs", params={"limit": 200}).json()["jobs"]}
     until(lambda: parts.on_store() <= set(mine), 5 * ORPHANS_KEPT, "files of no job stay")
     for job_id, job in mine.items():
-        masks = list((parts.settings.store / job_id / "output").glob("*"))
+        masks = list((parts.settings.store / job_id / "output").glob("mask-*"))
         assert len(masks) == (job["state"] == "succeeded"), (job["state"], masks)
     return mine
 

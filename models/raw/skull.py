@@ -20,7 +20,7 @@ WEIGHTS = {
     "bbox_model.pt": "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
 }
 """SHA-256 of deepbet 1.0.2's networks. They are TorchScript, which runs what it holds: no other file is loaded."""
-ORDER = ("t1", "t1ce", "t2", "flair")
+ORDER = ("t1", "t1ce", "flair", "t2")
 """The contrasts by how well deepbet does on them, see docs/raw.md."""
 LEAST_ML, MOST_ML = 500.0, 2400.0
 """What may be a brain: beyond it something else was found."""

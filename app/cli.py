@@ -67,6 +67,8 @@ def api(
     fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
 ) -> None:
     """Start the API alone. It needs Redis, and jobs wait until a worker comes."""
+    import gc
+    import importlib
     import socket
 
     import uvicorn
@@ -74,6 +76,12 @@ def api(
     from app.web.server import server_config
 
     server = uvicorn.Server(server_config(settings_with(host=host, port=port, models=models, store=store)))
+    # What is imported stays. Else the collector would look through all of it now and then, and nobody be answered
+    # meanwhile for a tenth of a second.
+    for name in ("celery", "kombu.transport.redis", "nibabel"):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     server.run(sockets=None if fd is None else [socket.socket(fileno=fd)])
     if not server.started:
         raise typer.Exit(NOT_DONE)

@@ -51,7 +51,7 @@ class Parts:
             models=models,
             device="cpu",
             port=self.port,
-            **settings,  # type: ignore[arg-type]
+            **settings,  # type: ignore[arg-type] # pydantic checks what the type checker cannot
         )
         self.redis: subprocess.Popen[bytes] | None = None
         self.api: subprocess.Popen[bytes] | None = None

@@ -29,3 +29,11 @@ def settings(redis_url, tmp_path, monkeypatch):
     client.flushdb()
     client.close()
     return Settings(redis_url=redis_url, store=tmp_path / "store", models=tmp_path / "models")
+
+
+@pytest.fixture
+def client(settings):
+    """A Redis client of those settings."""
+    client = connect(settings)
+    yield client
+    client.close()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
+from typing import cast
 
 import redis
 import structlog
 
+from app.jobs.connection import clock
+from app.jobs.names import MISSING
 from app.jobs.queue import JobQueue, QueueError
 from app.jobs.record import JobState
 from app.jobs.settings import Settings
@@ -70,17 +73,32 @@ class Reaper:
         waiting = self._jobs.waiting()
         sent = self._queue.message_ids(self._redis) if waiting else set()
         missing = [job_id for job_id in waiting if job_id not in sent]
-        for job_id, seconds in self._jobs.missing_for(missing).items():
+        for job_id, seconds in self._missing_for(missing).items():
             if seconds > MISSING_FOR and self._send(job_id):
                 log.warning("no message spoke of a waiting job: sent again", job_id=job_id)
                 self._tally.count_resent()
+
+    def _missing_for(self, job_ids: list[str]) -> dict[str, float]:
+        """Of the waiting jobs that no message speaks of, as seen now: for how many seconds that has been so. Kept in
+        Redis, for the next round may be another process's."""
+        at = clock(self._redis)
+        known = cast("list[str]", self._redis.zrange(MISSING, 0, -1))
+        found_again = [name for name in known if name not in job_ids]
+        with self._redis.pipeline(transaction=False) as pipe:
+            if found_again:
+                pipe.zrem(MISSING, *found_again)
+            if job_ids:
+                pipe.zadd(MISSING, dict.fromkeys(job_ids, at), nx=True)
+            pipe.zrange(MISSING, 0, -1, withscores=True)
+            since = dict(cast("list[tuple[str, float]]", pipe.execute()[-1]))
+        return {name: at - since[name] for name in job_ids if name in since}
 
     def _send(self, job_id: str) -> bool:
         try:
             self._queue.submit(job_id)
         except QueueError:  # found missing in a later round
             return False
-        self._jobs.found(job_id)
+        self._redis.zrem(MISSING, job_id)
         return True
 
     def close(self) -> None:

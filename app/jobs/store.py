@@ -187,24 +187,6 @@ class JobStore:
         """Runs whose worker lives."""
         return self._leases.count()
 
-    def missing_for(self, job_ids: Sequence[str]) -> dict[str, float]:
-        """Of the queued jobs that no message speaks of, as seen now: for how many seconds that has been so."""
-        at = clock(self._redis)
-        known = cast("list[str]", self._redis.zrange(MISSING, 0, -1))
-        found_again = [name for name in known if name not in job_ids]
-        with self._redis.pipeline(transaction=False) as pipe:
-            if found_again:
-                pipe.zrem(MISSING, *found_again)
-            if job_ids:
-                pipe.zadd(MISSING, dict.fromkeys(job_ids, at), nx=True)
-            pipe.zrange(MISSING, 0, -1, withscores=True)
-            since = dict(cast("list[tuple[str, float]]", pipe.execute()[-1]))
-        return {name: at - since[name] for name in job_ids if name in since}
-
-    def found(self, job_id: str) -> None:
-        """A message speaks of the job again."""
-        self._redis.zrem(MISSING, job_id)
-
     def owns(self, job: Job) -> bool:
         """Whether `job`, as `begin` gave it, is still its worker's to work on."""
         try:

@@ -18,7 +18,7 @@ ITERATIONS = (30, 20, 10)
 def corrected(volume: Volume, brain: npt.NDArray[np.bool_]) -> Volume:
     """The scan over its bias field, which is found from the voxels of `brain` and scaled to a mean of 1 there, so that
     the scan keeps its brightness. Deterministic: one thread."""
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk  # noqa: N813 - its documentation calls it so
 
     def image(data: npt.NDArray[np.generic]) -> sitk.Image:
         made = sitk.GetImageFromArray(np.ascontiguousarray(data.T))

@@ -101,7 +101,7 @@ def _starts(images: tuple[Coarse, Coarse], heads: tuple[Bool, Bool]) -> list[Aff
 
 def _optimise(fixed: Coarse, moving: Coarse, start: Affine, levels: int) -> tuple[Affine, bool]:
     """Gradient steps on Mattes' mutual information from coarse to fine. The matrix, and whether they came to rest."""
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk  # noqa: N813 - its documentation calls it so
 
     transform = sitk.Euler3DTransform()
     centre = fixed.centre(fixed.bright())
@@ -139,7 +139,7 @@ def _optimise(fixed: Coarse, moving: Coarse, start: Affine, levels: int) -> tupl
 
 def _image(coarse: Coarse) -> Any:
     """As SimpleITK has images; its world is ours, R, A, S, as it need not know of patients."""
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk  # noqa: N813 - its documentation calls it so
 
     low, high = np.quantile(coarse.data, (0.001, 0.999))
     image = sitk.GetImageFromArray(np.ascontiguousarray(np.clip(coarse.data, low, high).T))

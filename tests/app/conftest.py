@@ -1,1 +1,1 @@
-from service_fixtures import redis_url, settings, tiny  # noqa: F401 - pytest finds fixtures by name
+from service_fixtures import client, redis_url, settings, tiny  # noqa: F401 - pytest finds fixtures by name

@@ -25,13 +25,6 @@ from app.web.application import create_app
 
 
 @pytest.fixture
-def client(settings):
-    client = connect(settings)
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def keys(client):
     return KeyStore(client)
 

@@ -5,13 +5,11 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from scans import scan
 from serving import serving
 
-from app.jobs.connection import connect
 from app.jobs.gpu import GOOD_FOR, GPUS, DeviceMemory, Gpus
 from app.jobs.presence import Consumer, Presence
 from app.jobs.record import Failure, InputFile, Job, new_id
@@ -21,13 +19,6 @@ from app.web.meters import Meters
 
 DOCKER = Path(__file__).parents[2] / "docker"
 MEMORY = DeviceMemory("w@here", "cuda:0", reserved=3, peak=5, total=80)
-
-
-@pytest.fixture
-def client(settings):
-    client = connect(settings)
-    yield client
-    client.close()
 
 
 def scrape(api):

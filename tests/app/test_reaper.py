@@ -18,13 +18,6 @@ LEASE = 0.3
 
 
 @pytest.fixture
-def client(settings):
-    client = connect(settings)
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def quick(settings):
     return settings.model_copy(update={"lease": LEASE})
 

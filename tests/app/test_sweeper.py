@@ -6,17 +6,9 @@ import time
 import pytest
 
 from app.jobs.blobs import BlobStore
-from app.jobs.connection import connect
 from app.jobs.record import InputFile, Job, new_id
 from app.jobs.store import JobStore
 from app.jobs.sweeper import TURN, Sweeper
-
-
-@pytest.fixture
-def client(settings):
-    client = connect(settings)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import onednn, slabs
+from models import onednn, slabs, triton_kernels
 from models.layout import is_channels_last, like, rows, volume
 from models.precision import as_wanted, exact
 
@@ -64,6 +64,7 @@ def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     if onednn.fit(*parts):
         y: Tensor = _Pointwise.apply(weight, bias, *parts)
         return y
+    weight, bias, *parts = as_wanted(weight, bias, *parts)
     columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
     if is_channels_last(first):
         by_voxel = bias
@@ -143,6 +144,8 @@ class _Convolve(torch.autograd.Function):
 
 def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
     """The parts side by side along channels, with a voxel more beyond every face."""
+    if triton_kernels.suit(*parts):
+        return triton_kernels.padded(parts, border == "reflect")
     if not is_channels_last(parts[0]):
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         return F.pad(whole, BEYOND, mode="reflect" if border == "reflect" else "constant")
@@ -165,6 +168,9 @@ def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
 
 def _unpadded(gradient: Tensor, parts: Sequence[Tensor], border: Border) -> list[Tensor]:
     """The gradient of `_padded`, part by part; writes into `gradient`."""
+    if border == "reflect" and triton_kernels.suit(gradient) and 3 not in parts[0].shape[2:]:
+        inside = triton_kernels.unpadded(gradient)
+        return [like(g, p) for g, p in zip(inside.split([p.shape[1] for p in parts], 1), parts, strict=True)]
     if border == "reflect":
         for axis in (4, 3, 2):
             for face, inner in ((0, 2), (-1, -3)):

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+PARTS = 64
+"""Of voxels, that are multiplied side by side."""
+
 
 def in_fast_layout(x: Tensor) -> Tensor:
     """The input of a network, (B, K, D, H, W), in the layout that its device is faster with."""
@@ -45,7 +48,26 @@ def rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(1, 3)
 
 
+def voxels(x: Tensor) -> Tensor:
+    """(B, c, D, H, W) -> (B, c, V), a view in either layout."""
+    return rows(x).transpose(1, 2) if is_channels_last(x) else x.flatten(2)
+
+
 def volume(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `rows`: (B, V, c) -> (B, c, D, H, W), channels last, with `shape` = (D, H, W)."""
     volumes: Tensor = x.unflatten(1, tuple(shape)).movedim(-1, 1)
     return volumes
+
+
+def long_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of (..., m, V) and (..., n, V) -> (..., m, n), where V are voxels, far more than m and n."""
+    number = a.shape[-1]
+    if a.is_cuda and number % PARTS == 0 and number >= PARTS**2:
+        return _product_in_parts(a, b)
+    return torch.matmul(a, b.transpose(-2, -1))
+
+
+def _product_in_parts(a: Tensor, b: Tensor) -> Tensor:
+    """As `long_product`. Of one such product a GPU's library makes work for few of its processors."""
+    a, b = (x.unflatten(-1, (PARTS, -1)).transpose(-3, -2) for x in (a, b))
+    return torch.matmul(a, b.transpose(-2, -1)).sum(-3)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import slabs
+from models import slabs, triton_kernels
 from models.layout import is_channels_last, like, rows, volume
 from models.precision import exact, single
 
@@ -26,7 +26,7 @@ def norm_act(x: Tensor) -> Tensor:
         return y
     if slabs.suit(x):
         return slabs.norm_act(slabs.of_volume(x), x.shape)
-    if not is_channels_last(x):  # in operations that graph formats have
+    if not x.is_cuda and not is_channels_last(x):  # in operations that graph formats have
         return F.leaky_relu(F.instance_norm(x, eps=EPS), SLOPE, inplace=True)
     with exact(x.device):
         return _normalise(x)[0]
@@ -37,12 +37,16 @@ class _NormAct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         with exact(x.device):
             y, inverse_deviation = _normalise(x)
+        ctx.channels_last = is_channels_last(x)
         ctx.save_for_backward(y, inverse_deviation)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         y, inverse_deviation = ctx.saved_tensors
+        if triton_kernels.suit(y):
+            gradient = gradient if triton_kernels.suit(gradient) else gradient.contiguous()
+            return triton_kernels.norm_act_backward(gradient, y, inverse_deviation, SLOPE, ctx.channels_last)
         matrix, gradient = _Matrix(y), single(gradient)
         flat_y = single(matrix.of(y))
         g: Tensor = torch.ops.aten.leaky_relu_backward(matrix.of(gradient), flat_y, SLOPE, True)
@@ -56,10 +60,17 @@ class _NormAct(torch.autograd.Function):
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """`norm_act`, and the inverse standard deviation (B, c)."""
+    if triton_kernels.suit(x):
+        return triton_kernels.norm_act(x, EPS, SLOPE)
+    if x.is_cuda and not is_channels_last(x):  # a BatchNorm would give each of a handful of channels one processor
+        flat = single(x.flatten(2))
+        variance, mean = torch.var_mean(flat, 2, correction=0, keepdim=True)
+        inverse_deviation = (variance + EPS).rsqrt()
+        y = F.leaky_relu((flat - mean) * inverse_deviation, SLOPE).view(x.shape).to(x.dtype)
+        return y, inverse_deviation[..., 0]
     if not is_channels_last(x) or x[0, 0].numel() <= SMALL:
-        flat = x.contiguous().view(1, -1, *x.shape[2:])  # InstanceNorm is BatchNorm of one sample with all channels
-        if not x.is_cuda:  # there sums are in single precision anyway
-            flat = single(flat)
+        # InstanceNorm is BatchNorm of one sample with all channels
+        flat = single(x.contiguous().view(1, -1, *x.shape[2:]))
         normalised, _, deviations = torch.native_batch_norm(flat, None, None, None, None, True, 0.0, EPS)
         y = F.leaky_relu(normalised, SLOPE, inplace=True).view(x.shape).to(x.dtype)
         return like(y, x), deviations.view(x.shape[:2])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbone import Backbone, Features, Fused, Mask
 
@@ -49,7 +50,33 @@ def as_wanted(*tensors: Tensor) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type
     if kind not in {"cpu", "cuda"} or not torch.is_autocast_enabled(kind):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+    return tuple(_cast(t, torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+_Casts = dict[tuple[int, bool], tuple[Tensor, Tensor]]
+_casts: ContextVar[_Casts | None] = ContextVar("casts", default=None)
+
+
+@contextmanager
+def weights_stay() -> Iterator[None]:
+    """Within it no weight changes, so `as_wanted` brings each to its precision once, however many paths read it."""
+    token = _casts.set({})
+    try:
+        yield
+    finally:
+        _casts.reset(token)
+
+
+def _cast(x: Tensor, precision: torch.dtype) -> Tensor:
+    kept = _casts.get()
+    if kept is None or x.dtype == precision or not isinstance(x, nn.Parameter):
+        return x.to(precision)
+    key = (id(x), torch.is_grad_enabled())
+    if key not in kept:
+        # A GPU convolves channels last.
+        layout = torch.channels_last_3d if x.is_cuda and x.dim() == 5 else torch.preserve_format
+        kept[key] = (x, x.to(precision, memory_format=layout))
+    return kept[key][1]
 
 
 def single(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.layout import like, rows, volume
+from models.layout import like, long_product, rows, volume
 from models.precision import as_wanted, exact
 
 
@@ -40,6 +40,8 @@ class _RegionSum(torch.autograd.Function):
 
 def _gradients(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tensor, *features: Tensor) -> Any:
     """Of the arguments of `_RegionSum`."""
+    if gradient.is_cuda:
+        return _gradients_at_once(gradient, regions, weights, matrix, *features)
     f = [rows(feature) for feature in features]
     p, g = rows(regions), rows(gradient)
     of_features = [torch.zeros_like(t) for t in f]
@@ -57,6 +59,11 @@ def _gradients(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tenso
 
 
 def _region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    if regions.is_cuda:
+        of_regions, _ = _of_regions(features, regions, weights)
+        summed = torch.matmul(matrix.flatten(1), of_regions.flatten(1, 2)) + bias[:, None]
+        at_once: Tensor = summed.unflatten(2, regions.shape[2:])
+        return at_once
     f, p = [rows(feature) for feature in features], rows(regions)
     total = bias
     for r, block in enumerate(matrix.flatten(1).chunk(p.shape[2], dim=1)):
@@ -70,3 +77,26 @@ def _weighted(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     for k, feature in enumerate(features[1:], 1):
         summed = torch.addcmul(summed, feature, weights[:, k, None, None])
     return summed
+
+
+def _of_regions(features: Sequence[Tensor], regions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """p_r * sum_k w_{r,k} f_k as (B, R, c, V), and the features f as (B, P, c * V).
+
+    A GPU has the memory, and does better with a few large products than with many small operations.
+    """
+    f = torch.stack([feature.flatten(1) for feature in features], dim=1)
+    p = regions.flatten(2)[:, :, None]
+    return torch.matmul(weights, f).unflatten(2, (-1, p.shape[-1])) * p, f
+
+
+def _gradients_at_once(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tensor, *features: Tensor) -> Any:
+    """As `_gradients`."""
+    of_regions, f = _of_regions(features, regions, weights)
+    g = gradient.flatten(2)
+    of_matrix = long_product(g, of_regions.flatten(1, 2)).sum(0).view_as(matrix)
+    of_sums = torch.matmul(matrix.flatten(1).T, g).view_as(of_regions) * regions.flatten(2)[:, :, None]
+    of_sums = of_sums.flatten(2)
+    of_weights = long_product(of_sums, f)
+    of_features = torch.matmul(weights.transpose(1, 2), of_sums).unbind(1)
+    found = [like(t.view_as(feature), feature) for t, feature in zip(of_features, features, strict=True)]
+    return None, of_weights, of_matrix, g.sum((0, 2)), *found

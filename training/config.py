@@ -63,6 +63,9 @@ class TrainConfig(BaseModel):
     compile: bool = False
     """Let torch.compile build the encoders and the separate decoder, which are the same for every subset of
     modalities. Needs a C++ compiler; the first steps take minutes."""
+    graphs: bool = True
+    """On a GPU, with one process and steps of one subject: record a step of each subset of modalities as a CUDA graph
+    and replay it. `compile` goes without."""
     workers: int = Field(default=0, ge=0)
     """Loader processes; 0 loads in the training process, which a GPU waits for. Results do not depend on it."""
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models.layout import in_fast_layout
-from models.precision import InPrecision
+from models.precision import InPrecision, weights_stay
 from training.loader import Batch
 from training.methods import Method
 from training.methods.base import settle
+from training.passion.captured import Captured
 from training.passion.objective import Coefficients, Terms, terms
-from training.passion.staged import staged, with_gradients
+from training.passion.staged import Weigh, assigning, staged, with_gradients
 from training.ranks import Ranks
 
 
@@ -39,7 +40,9 @@ class Loss(nn.Module):
         classes: int,
         ranks: Ranks,
         precision: str = "float32",
+        graphs: bool = False,
     ) -> None:
+        """`graphs`: whether steps of one sample are recorded as CUDA graphs, see `Captured`."""
         super().__init__()
         self.network = network
         self._computing = InPrecision(network, precision)
@@ -47,6 +50,9 @@ class Loss(nn.Module):
         self.modal_weight = modal_weight
         self.classes = classes
         self.ranks = ranks
+        self._captured: Captured | None = None
+        if graphs:
+            self._captured = Captured(self._computing, list(network.parameters()), classes, method.distils)
 
     def forward(
         self, batch: Batch, counted: Sequence[int] | None = None, warm_up: bool = False, settled: bool = False
@@ -83,21 +89,30 @@ class Loss(nn.Module):
             assert weights is not None
             return weights
 
+        with weights_stay():
+            return self._undone(batch, counted, weigh)
+
+    def _undone(self, batch: Batch, counted: Sequence[int] | None, weigh: Weigh) -> Outcome:
         x, labels = self._moved(batch)
         parameters = list(self.network.parameters())
-        losses, gradients = staged(
-            self._computing,
-            parameters,
-            x,
-            labels,
-            batch.masks,
-            self.classes,
-            weigh,
-            present=batch.present,
-            distil=self.method.distils,
-            counted=counted,
-        )
-        total = with_gradients(self.method.total(losses, self.modal_weight), parameters, gradients)
+        hand_out = with_gradients
+        if self._captured is not None and len(batch.masks) == 1 and counted is None:
+            hand_out = assigning
+            losses, gradients = self._captured(x, labels, batch.masks[0], batch.present[0], weigh)
+        else:
+            losses, gradients = staged(
+                self._computing,
+                parameters,
+                x,
+                labels,
+                batch.masks,
+                self.classes,
+                weigh,
+                present=batch.present,
+                distil=self.method.distils,
+                counted=counted,
+            )
+        total = hand_out(self.method.total(losses, self.modal_weight), parameters, gradients)
         given = [] if self.method.waits else [self.method.give(losses, number) for number in range(self.method.sums)]
         return Outcome(total, losses, given)
 

@@ -101,7 +101,11 @@ class Trainer:
             self._resume()
         if config.compile:
             compile_shared(self.network)
-        self._loss = Loss(self.network, method, self.modal_weight, len(self.task.labels), ranks, config.precision)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # crops have one size: the best algorithm for it is worth a search
+        self._loss = Loss(
+            self.network, method, self.modal_weight, len(self.task.labels), ranks, config.precision, self._graphs
+        )
         self._ranks_loss = ranks.wrap(self._loss)
         self._stop = False
 
@@ -115,6 +119,13 @@ class Trainer:
         """Subjects of this process in a whole step."""
         return self.config.batch_size * self.config.accumulate
 
+    @property
+    def _graphs(self) -> bool:
+        """Whether steps are recorded. What ranks exchange, and what a graph of torch.compile's does, is not."""
+        config = self.config
+        alone = self._share == 1 and not self.ranks.grouped
+        return self.device.type == "cuda" and config.graphs and alone and not config.compile
+
     def run(
         self,
         on_step: Callable[[StepReport], None] = lambda _report: None,
@@ -126,7 +137,7 @@ class Trainer:
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             log_file = RunLog(self.config.out, self.state.epoch) if self.ranks.main else nullcontext()
-            with kept_heap() if self.device.type == "cpu" else nullcontext(), self.loader, log_file as log:
+            with self._own_ground(), self.loader, log_file as log:
                 while self.state.epoch < self.config.epochs:
                     if not self._epoch(on_step):
                         return False
@@ -145,6 +156,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _own_ground(self) -> AbstractContextManager[Any]:
+        """What steps run on: a heap that keeps its memory, or a stream of their own, as `Captured` records."""
+        if self.device.type == "cpu":
+            return kept_heap()
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
 
     def step(self, *batches: Batch) -> Terms:
         """One optimiser step on the batches of this rank, whose gradients add up. Returns this rank's figures.

@@ -20,7 +20,7 @@ from models.blocks import (
     separate_each,
     upsample,
 )
-from models.layout import rows
+from models.layout import long_product, voxels
 from models.normalisation import norm_act
 from models.region_sum import region_sum
 from models.task import Task
@@ -126,12 +126,12 @@ class RegionAwareFusion(nn.Module):
         p = regions.flatten(2)  # (B, C, V)
         area = p.mean(2) + AREA_EPS  # (B, C)
         shares = p / p.shape[2]
-        means = torch.stack([torch.matmul(shares, rows(f)) for f in present], dim=2) / area[..., None, None]
-        descriptors = means.new_zeros(*area.shape, self.modalities, means.shape[-1])  # (B, C, K, c)
-        descriptors[:, :, there] = means
-        descriptors = torch.cat([descriptors.flatten(2), area[..., None]], dim=2)
+        means = torch.stack([long_product(shares, voxels(f)) for f in present], dim=2) / area[..., None, None]
+        missing = torch.zeros_like(means[:, :, 0])
+        of_each = dict(zip(there, means.unbind(2), strict=True))
+        descriptors = torch.cat([*(of_each.get(k, missing) for k in range(self.modalities)), area[..., None]], dim=2)
         weights = torch.stack([mlp(descriptors[:, r]) for r, mlp in enumerate(self.modal_fusion)], dim=1)
-        return weights[:, :, there]
+        return torch.stack([weights[:, :, k] for k in there], dim=2)
 
 
 class FusedDecoder(nn.Module):

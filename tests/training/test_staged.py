@@ -9,7 +9,7 @@ from training.footprint import Ledger, Patch
 from training.methods import METHODS, build_method
 from training.methods.base import settle
 from training.passion.objective import Coefficients, terms
-from training.passion.staged import staged, with_gradients
+from training.passion.staged import assigning, staged, with_gradients
 
 MASKS = [(True, False, True, True), (False, True, False, False), (True, True, False, False)]
 """Of a batch: three modalities, one that is its own teacher, two."""
@@ -115,3 +115,28 @@ def test_a_step_holds_three_quarters_of_what_the_whole_graph_does_or_less(backbo
         peaks.append(ledger.peak)
         patch.network.zero_grad()
     assert peaks[1] < 0.75 * peaks[0]
+
+
+def test_classes_may_be_counted_by_a_mask_and_gradients_assigned():
+    """As a step that is recorded does: nothing in it depends on which classes a crop has."""
+    network, x, labels = made("unet")
+    network = network.eval()
+    everything = Coefficients(*(torch.full((4,), weight, dtype=torch.float64) for weight in (0.7, 1.3, 0.9)))
+    parameters = list(network.parameters())
+
+    def step(counted, hand_out):
+        one = labels[:1]
+        losses, found = staged(
+            network, parameters, x[:1], one, MASKS[:1], 4, lambda _losses: everything, counted=counted
+        )
+        (2 * hand_out(losses.fuse.sum(), parameters, found)).backward()
+        return losses, gradients(network)
+
+    assert sorted(labels[0].unique().tolist()) == [0, 1, 3]
+    by_index, wanted = step([0, 1, 3], with_gradients)
+    by_mask, got = step(torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64), assigning)
+    for name in LOSSES:
+        torch.testing.assert_close(getattr(by_mask, name), getattr(by_index, name))
+    assert (by_index.proto > 0).any()
+    assert got.keys() == wanted.keys()
+    assert_equal(got, wanted)

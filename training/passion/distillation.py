@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.backbone import Fused
+from models.layout import long_product
 from training.passion.losses import CLAMP, Truth, factors, level_weight, probabilities, voxels
 
 TEMPERATURE = 4.0
@@ -62,23 +63,35 @@ class _Divergence(torch.autograd.Function):
         return torch.where(free, q / p, 0.0).mul_(-gradient / p.numel()), None
 
 
-def similarity(feature: Tensor, truth: Truth, counted: Sequence[int]) -> Tensor:
-    """Cosine of every voxel's feature with its sample's own class prototypes: (1, F, D, H, W) -> (counted, V).
+Counted = Sequence[int] | Tensor
+"""The classes that have prototypes: their indices, or, for a GPU that is not to wait for anyone to look, (C,) with 1
+for those and 0 for the others, whose similarities are then computed too and multiplied by 0."""
+
+
+def similarity(feature: Tensor, truth: Truth, counted: Counted) -> Tensor:
+    """Cosine of every voxel's feature with its sample's own class prototypes: (1, F, D, H, W) -> (counted, V), or
+    (C, V) where `counted` says so.
 
     A prototype is the class's mean feature. It is not detached.
     """
     flat = voxels(feature)  # (F, V)
-    y = truth.onehot[list(counted)]
-    prototypes = flat @ y.T / (truth.counts[list(counted)] + PROTOTYPE_EPS)  # (F, counted)
+    y, counts = truth.onehot, truth.counts
+    if not isinstance(counted, Tensor):
+        y, counts = y[list(counted)], counts[list(counted)]
+    prototypes = long_product(flat, y) / (counts + PROTOTYPE_EPS)  # (F, counted)
     # Divided by the voxels' norms after the product, which has fewer maps than the feature.
     squares = flat.new_ones(1, len(flat)) @ flat.square()
     return (F.normalize(prototypes, dim=0, eps=COSINE_EPS).T @ flat) / squares.clamp(min=COSINE_EPS**2).sqrt()
 
 
-def semantic_wise(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """(`proto`, `dist`): mean squared and mean absolute difference of similarity maps (counted, V); scalars.
+def semantic_wise(student: Tensor, teacher: Tensor, counted: Counted) -> tuple[Tensor, Tensor]:
+    """(`proto`, `dist`): mean squared and mean absolute difference of `similarity` maps of the counted classes.
 
     `dist` only steers the preference, so it carries no gradient.
     """
     difference = student - teacher
+    if isinstance(counted, Tensor):
+        difference = difference * counted[:, None]
+        values = counted.sum().clamp(min=1) * difference.shape[1]
+        return difference.square().sum() / values, difference.detach().abs().sum() / values
     return difference.square().mean(), difference.detach().abs().mean()

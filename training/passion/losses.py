@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models import layout
 from models.blocks import upsample
-from models.layout import rows
 
 CLAMP = 0.005
 DICE_EPS = 1e-7
@@ -47,7 +47,10 @@ def supervised(p: Tensor, truth: Truth) -> Tensor:
     true_p = p.gather(0, truth.labels[None])[0]
     weight = (1 - truth.counts / truth.counts.sum())[truth.labels]
     wce = -(weight * true_p.clamp(CLAMP, 1).log()).mean()
-    overlap = torch.zeros_like(truth.counts).index_add(0, truth.labels, true_p)
+    if true_p.is_cuda:  # where half a million voxels would queue to be added to a handful of sums
+        overlap = layout.long_product(truth.onehot, true_p[None])[:, 0]
+    else:
+        overlap = torch.zeros_like(truth.counts).index_add(0, truth.labels, true_p)
     dice = 1 - (2 * overlap / (p.sum(1) + truth.counts + DICE_EPS)).mean()
     return wce + dice
 
@@ -60,8 +63,8 @@ def probabilities(logits: Tensor, factor: int = 1, temperature: float = 1.0) -> 
 
 
 def voxels(x: Tensor) -> Tensor:
-    """(1, c, D, H, W) -> (c, V): a view where x is channels last."""
-    return rows(x)[0].T
+    """(1, c, D, H, W) -> (c, V): a view."""
+    return layout.voxels(x)[0]
 
 
 def level_weight(level: int) -> float:

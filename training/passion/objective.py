@@ -219,5 +219,5 @@ def _distil(
             continue
         student = network.fuse(sample.features, [i == k for i in range(len(sample.mask))])
         kl[k] = total(pixel_wise(student, targets))
-        proto[k], dist[k] = semantic_wise(similarity(student.feature, sample.truth, counted), teacher_map)
+        proto[k], dist[k] = semantic_wise(similarity(student.feature, sample.truth, counted), teacher_map, counted)
     return kl, proto, dist

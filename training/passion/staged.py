@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from models.backbone import Backbone, Features, Fused, Mask
-from training.passion.distillation import SoftTargets, pixel_wise, semantic_wise, similarity
+from training.passion.distillation import Counted, SoftTargets, pixel_wise, semantic_wise, similarity
 from training.passion.losses import Truth, deep_supervision, probabilities, supervised
 from training.passion.objective import Coefficients, Terms, in_all, matrix
 
+Weights = Sequence[float] | Sequence[Tensor]
+"""By modality. Where one is a number and 0, nothing is computed for it."""
 Weigh = Callable[[Terms], Coefficients]
 """From a batch's terms, in which `sep` is still 0, to their weights."""
 ByOutput = list[Tensor | None]
@@ -46,7 +48,7 @@ def staged(
     *,
     present: Sequence[Mask] | None = None,
     distil: bool = True,
-    counted: Sequence[int] | None = None,
+    counted: Counted | None = None,
 ) -> tuple[Terms, dict[int, Tensor]]:
     """`terms`, and the gradients of the total that `weigh` makes of them, by index in `parameters` where there are any.
 
@@ -54,28 +56,34 @@ def staged(
     """
     present = masks if present is None else present
     truths = [Truth.of(own, classes, x.dtype) for own in labels]
-    counted = in_all(truths) if counted is None else counted
-    gradients = _Gradients(parameters)
+    if counted is None:
+        counted = in_all(truths)
+    gradients = Gradients(parameters)
     samples = []
     for b, truth in enumerate(truths):
-        sample = _Sample(network, gradients, x[b : b + 1], truth, masks[b], present[b])
+        sample = StagedSample(network, gradients, x[b : b + 1], truth, masks[b], present[b])
         sample.run(counted, distil)
         samples.append(sample)
     losses = Terms(
-        fuse=torch.stack([s.fuse for s in samples]),
-        prm=torch.stack([s.prm for s in samples]),
-        sep=matrix([s.sep for s in samples]),
-        kl=matrix([s.kl for s in samples]),
-        proto=matrix([s.proto for s in samples]),
-        dist=matrix([s.dist for s in samples]),
+        **figures(samples),
         mask=torch.tensor([s.mask for s in samples], device=x.device),
         present=torch.tensor([s.present for s in samples], device=x.device),
         samples=[],
     )
     weights = weigh(losses)
+    by_modality = [w.tolist() for w in (weights.sep, weights.kl, weights.proto)]
     for sample in samples:
-        sample.undo(weights)
+        sample.undo(*by_modality)
     return replace(losses, sep=matrix([s.sep for s in samples])), gradients.found
+
+
+def figures(samples: Sequence[StagedSample]) -> dict[str, Tensor]:
+    """The losses of samples that have run, by their names in `Terms`."""
+    return {
+        "fuse": torch.stack([s.fuse for s in samples]),
+        "prm": torch.stack([s.prm for s in samples]),
+        **{name: matrix([getattr(s, name) for s in samples]) for name in ("sep", "kl", "proto", "dist")},
+    }
 
 
 def with_gradients(total: Tensor, parameters: Sequence[Tensor], gradients: dict[int, Tensor]) -> Tensor:
@@ -93,14 +101,40 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(g.mul_(gradient) for g in gradients)
+        torch._foreach_mul_(gradients, gradient)
+        return None, None, *gradients
 
 
-class _Gradients:
+class _Assigned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, _some: Tensor, parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:
+        ctx.parameters, ctx.gradients = parameters, gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        torch._foreach_mul_(ctx.gradients, gradient)
+        for parameter, own in zip(ctx.parameters, ctx.gradients, strict=True):
+            parameter.grad = own
+        ctx.parameters = ctx.gradients = None
+        return None, None, None, None
+
+
+def assigning(total: Tensor, parameters: Sequence[Tensor], gradients: dict[int, Tensor]) -> Tensor:
+    """As `with_gradients`, but they take the place of what a weight had, and no hook hears of them: a fraction of the
+    time for weights by the hundred."""
+    own = list(gradients)
+    known: Tensor = _Assigned.apply(total, parameters[own[0]], [parameters[i] for i in own], list(gradients.values()))
+    return known
+
+
+class Gradients:
     """Gradients of parameters, added up over several backward passes."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], zeros: Sequence[Tensor] | None = None) -> None:
+        """`zeros`, in the parameters' shapes, are what they are added up in; copies of the first ones by default."""
         self._parameters = list(parameters)
+        self._zeros = zeros
         self.found: dict[int, Tensor] = {}
 
     def undo(
@@ -112,25 +146,33 @@ class _Gradients:
             return
         ends = [*self._parameters, *leaves]
         found = torch.autograd.grad([y for y, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
-        for i, gradient in enumerate(found):
-            if gradient is None:
-                continue
-            # Two of them may be views of one memory, as those of mmFormer's tokens and positions are: so what they are
-            # added up in must be their own.
-            if i >= len(self._parameters):
-                leaf = ends[i]
-                leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad.add_(gradient)
-            elif i in self.found:
-                self.found[i].add_(gradient)
-            else:
-                self.found[i] = gradient.clone()
+        of_parameters = [(i, g) for i, g in enumerate(found[: len(self._parameters)]) if g is not None]
+        of_leaves = [(x, g) for x, g in zip(leaves, found[len(self._parameters) :], strict=True) if g is not None]
+        if self._zeros is not None:
+            self.found |= {i: self._zeros[i] for i, _ in of_parameters if i not in self.found}
+        # Two of them may be views of one memory, as those of mmFormer's tokens and positions are: so what they are
+        # added up in must be their own.
+        _add([(self.found[i], g) for i, g in of_parameters if i in self.found])
+        firsts = {i: g.clone(memory_format=torch.contiguous_format) for i, g in of_parameters if i not in self.found}
+        self.found |= firsts
+        _add([(x.grad, g) for x, g in of_leaves if x.grad is not None])
+        for x, g in of_leaves:
+            if x.grad is None:
+                x.grad = g.clone()
 
 
-class _Sample:
+def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add the second to the first, many at once; on a GPU that needs one layout for both."""
+    if pairs:
+        parts = [g if not g.is_cuda or g.stride() == to.stride() else g.contiguous() for to, g in pairs]
+        torch._foreach_add_([to for to, _ in pairs], parts)
+
+
+class StagedSample:
     """One sample on its way through the stages."""
 
     def __init__(
-        self, network: Backbone, gradients: _Gradients, x: Tensor, truth: Truth, mask: Mask, present: Mask
+        self, network: Backbone, gradients: Gradients, x: Tensor, truth: Truth, mask: Mask, present: Mask
     ) -> None:
         self.network, self.gradients, self.truth = network, gradients, truth
         self.mask, self.present = tuple(mask), tuple(present)
@@ -141,7 +183,7 @@ class _Sample:
         self._paths: dict[int, _Path] = {}
         """By modality: its student, or the teacher where that is the same."""
 
-    def run(self, counted: Sequence[int], distil: bool) -> None:
+    def run(self, counted: Counted, distil: bool) -> None:
         """Stages 2 and 3."""
         teacher = _Path(self.network.fuse(self._leaves, self.mask))
         cut = teacher.leaves
@@ -166,15 +208,14 @@ class _Sample:
             student = _Path(self.network.fuse(self._leaves, [i == k for i in range(len(self.mask))]))
             self.kl[k] = student.collect(pixel_wise(student.leaves, targets))
             student.kl = student.taken()
-            proto, self.dist[k] = semantic_wise(similarity(student.leaves.feature, self.truth, counted), goal)
+            proto, self.dist[k] = semantic_wise(similarity(student.leaves.feature, self.truth, counted), goal, counted)
             self.proto[k] = student.collect([proto])
             student.proto = student.taken()
             student.leaves = student.fused  # their values are not needed any more
             self._paths[k] = student
 
-    def undo(self, weights: Coefficients) -> None:
-        """Stages 4 to 6, with weights (K,) of the losses."""
-        of_sep, of_kl, of_proto = (w.tolist() for w in (weights.sep, weights.kl, weights.proto))
+    def undo(self, of_sep: Weights, of_kl: Weights, of_proto: Weights) -> None:
+        """Stages 4 to 6, with the losses' weights by modality."""
         for k in list(self._paths):
             path = self._paths.pop(k)
             self._undo_path(path, (1.0, path.sure), (of_kl[k], path.kl), (of_proto[k], path.proto))
@@ -190,19 +231,21 @@ class _Sample:
                 for level in self._features:
                     level[k] = None
 
-    def _separate(self, k: int, weight: float) -> Tensor:
+    def _separate(self, k: int, weight: float | Tensor) -> Tensor:
         """`sep` of a modality."""
+        counts = not _is_zero(weight)
         alone: Features = [[f if i == k else None for i, f in enumerate(level)] for level in self._leaves]
-        with torch.set_grad_enabled(weight != 0):
+        with torch.set_grad_enabled(counts):
             logits = self.network.separate(alone)[k]
             assert logits is not None
             loss = supervised(probabilities(logits), self.truth)
-            if weight != 0:
+            if counts:
                 own = [f for level in alone for f in level if f is not None]
-                self.gradients.undo([loss], [loss.new_tensor(weight)], own)
+                of_loss = weight if isinstance(weight, Tensor) else loss.new_tensor(weight)
+                self.gradients.undo([loss], [of_loss], own)
         return loss.detach()
 
-    def _undo_path(self, path: _Path, *weighted: tuple[float, ByOutput]) -> None:
+    def _undo_path(self, path: _Path, *weighted: tuple[float | Tensor, ByOutput]) -> None:
         leaves = [f for level in self._leaves for f in level if f is not None]
         self.gradients.undo(_outputs(path.fused), path.summed(*weighted), leaves)
 
@@ -236,15 +279,25 @@ class _Path:
             leaf.grad = None
         return gradients
 
-    def summed(self, *weighted: tuple[float, ByOutput]) -> ByOutput:
+    def summed(self, *weighted: tuple[float | Tensor, ByOutput]) -> ByOutput:
         """The weighted sum of gradients by output; writes into them."""
         sums: ByOutput = [None] * len(_outputs(self.fused))
         for weight, gradients in weighted:
             for i, gradient in enumerate(gradients):
-                if gradient is not None and weight != 0:
+                if gradient is not None and not _is_zero(weight):
                     so_far = sums[i]
-                    sums[i] = gradient.mul_(weight) if so_far is None else so_far.add_(gradient, alpha=weight)
+                    if so_far is None:
+                        sums[i] = gradient.mul_(weight)
+                    elif isinstance(weight, Tensor):
+                        so_far.addcmul_(gradient, weight)
+                    else:
+                        so_far.add_(gradient, alpha=weight)
         return sums
+
+
+def _is_zero(weight: float | Tensor) -> bool:
+    """Whether what is weighted can be left out. A tensor may be on a GPU, which is not waited for."""
+    return not isinstance(weight, Tensor) and weight == 0
 
 
 def _outputs(fused: Fused) -> list[Tensor]:

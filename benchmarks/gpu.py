@@ -1,4 +1,5 @@
-"""A GPU's figures: training steps beside what the card can do at best, windows, masks in bfloat16, a whole epoch.
+"""A GPU's figures: whether it computes what a CPU does; training steps beside what the card can do at best, windows,
+masks in bfloat16, a whole epoch.
 
     bash benchmarks/gpu.sh --out gpu-bench.json
     python benchmarks/gpu.py --device cpu --crop 32 --backbone unet    # whether it works
@@ -19,25 +20,37 @@ import time
 from pathlib import Path
 
 import floors
+import inference
 import numpy as np
+import straightforward
 import torch
-from compare import PRESENT, measure
+import training_step
+from compare import PRESENT
 from loader import prepared
+from torch import Tensor
 
 from models.backbones import BACKBONES
 from models.checkpoint import Checkpoint
 from models.precision import PRECISIONS, PrecisionError, check_precision
 from models.predictor import Predictor
+from models.task import Task
 from training import atomic
 from training.config import TrainConfig
 from training.device import choose_device, device_name
 from training.experiments.machine import git_state, machine
 from training.experiments.tables import markdown
+from training.footprint import Patch
+from training.loader import Batch
+from training.loss import Loss
+from training.methods import build_method
 from training.phantom import make_subject, write_subject
+from training.ranks import ALONE
 from training.trainer import Trainer
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "models" / "checkpoints" / "glioma-phantom-rfnet"
+SMALL = 32
+"""The side of the crop that a CPU computes, too."""
 BATCH = 8
 """Of the row that shows whether the paper's card, of 24 GB, would do."""
 
@@ -48,12 +61,13 @@ def main() -> None:
     parser.add_argument("--present", type=int, choices=list(PRESENT), default=3, help="modalities of a step")
     parser.add_argument("--crop", type=int, default=80)
     parser.add_argument("--box", type=int, default=120, help="voxels along each axis of the box that is segmented")
-    parser.add_argument("--steps", type=int, default=10, help="training steps; the first is not counted")
+    parser.add_argument("--steps", type=int, default=8, help="training steps; the first two are not counted")
     parser.add_argument("--subjects", type=int, default=16, help="phantoms of the epoch")
     parser.add_argument("--epochs", type=int, default=4, help="the first is not counted")
     parser.add_argument("--masks", type=int, default=10, help="phantoms that are segmented in both precisions")
     parser.add_argument("--shape", type=int, nargs=3, default=[240, 240, 155], help="voxels of a phantom, of 1 mm")
     parser.add_argument("--workers", type=int, default=4, help="loader processes of the epoch")
+    parser.add_argument("--compile", action="store_true", help="compiled steps, too, which take minutes to begin")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench.json"))
@@ -78,33 +92,80 @@ def main() -> None:
             atomic.write_text(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
-def steps(arguments: argparse.Namespace, device: torch.device, _folder: Path, record: dict) -> list[dict]:
-    """A row per backbone and way to run it, each in a process of its own."""
+def equal(arguments: argparse.Namespace, device: torch.device, _folder: Path, _record: dict) -> list[dict]:
+    """A step's losses and gradients in float32: the device's against a CPU's, a recorded step's against one's that is
+    not. The Euclidean norm of what they differ by, as a share of the norm of the second."""
     rows = []
     for backbone in arguments.backbone:
-        for precision in record["rates"]:
-            ways: list[list[str]] = [[], ["--compile"]]
-            if device.type == "cuda":
-                ways[1:1] = [["--channels-last"]]
-            if backbone == arguments.backbone[0]:
-                ways.append(["--batch", str(BATCH)])
-            for way in ways:
-                command = ["--backbone", backbone, "--present", *PRESENT[arguments.present], "--precision", precision]
-                command += ["--crop", str(arguments.crop), "--steps", str(arguments.steps), *way]
-                # What is compiled moves fewer bytes, but not before a counter's eyes.
-                count = [] if "--compile" in way else ["--count"]
-                found = measure(["training_step.py", *command, *count, "--device", arguments.device])
-                rows.append(_step_row(found, record))
+        here, on_cpu = (_two_steps(arguments, backbone, where) for where in (device, torch.device("cpu")))
+        pairs = {"this device, CPU": (here[0], on_cpu[0])}
+        if device.type == "cuda":
+            pairs["recorded, not"] = (here[1], here[0])
+        for name, (own, other) in pairs.items():
+            losses, gradients = (float((a - b).norm() / b.norm()) for a, b in zip(own, other, strict=True))
+            rows.append({"equality": backbone, "": name, "losses": losses, "gradients": gradients})
     return rows
 
 
-def _step_row(found: dict, record: dict) -> dict:
+def _two_steps(arguments: argparse.Namespace, backbone: str, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The losses and the gradients, each in a row, of two steps from the same weights; on a GPU the second is recorded.
+    Without dropout, whose numbers are a device's own."""
+    task = Task.load("glioma")
+    task = Task.model_validate(task.model_dump() | {"patch_size": [min(arguments.crop, SMALL)] * 3})
+    torch.manual_seed(0)
+    patch = Patch(backbone, task, 8, "cpu")
+    network, mask = patch.network.eval().to(device), task.mask(PRESENT[arguments.present])
+    method, ones = build_method("passion", task.names, patch.classes), patch.ones.to(device)
+    loss = Loss(network, method, ones, patch.classes, ALONE, graphs=device.type == "cuda")
+    batch = Batch(patch.x.contiguous().to(device), patch.labels.to(device), [mask], [mask])
+    found = []
+    with training_step.ground(device, True):
+        for _ in range(2):
+            network.zero_grad()
+            outcome = loss(batch)
+            outcome.total.backward()
+            terms = outcome.losses
+            losses = [t.flatten() for t in (terms.fuse, terms.prm, terms.sep, terms.kl, terms.proto)]
+            gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+            found.append((torch.cat(losses).detach().cpu(), torch.cat(gradients).cpu()))
+    return found
+
+
+def steps(arguments: argparse.Namespace, device: torch.device, _folder: Path, record: dict) -> list[dict]:
+    """A row per backbone and way to run it."""
+    rows = []
+    for backbone in arguments.backbone:
+        common = ["--backbone", backbone, "--present", *PRESENT[arguments.present], "--crop", str(arguments.crop)]
+        common += ["--steps", str(arguments.steps), "--device", arguments.device]
+        if backbone in straightforward.NETWORKS:
+            rows.append(_step([*common, "--implementation", "straightforward"], record))
+            _say(rows)
+        for precision in record["rates"]:
+            ways = [["--graphs", "--count"] if device.type == "cuda" else ["--count"]]
+            if precision == PRECISIONS[0]:
+                ways += [[]] if device.type == "cuda" else []
+                ways += [["--batch", str(BATCH)]] if backbone == arguments.backbone[0] else []
+            if arguments.compile and backbone == arguments.backbone[0]:
+                ways.append(["--compile"])
+            for way in ways:
+                rows.append(_step([*common, "--precision", precision, *way], record))
+                _say(rows)
+    return rows
+
+
+def _say(rows: list[dict]) -> None:
+    print(f"{rows[-1]}", flush=True)
+
+
+def _step(command: list[str], record: dict) -> dict:
+    found = training_step.run(training_step.parser().parse_args(command))
     seconds = found["best_warm_s"]
     row = {
         "training step": found["backbone"],
+        "": found["implementation"],
         "precision": found["precision"],
         "batch": found["batch"],
-        "channels last": "yes" if found["channels_last"] else "no",
+        "graphs": "yes" if "--graphs" in command else "no",
         "compiled": "yes" if found["compile"] else "no",
         "ms": 1000 * seconds,
         "samples/s": found["batch"] / seconds,
@@ -125,7 +186,8 @@ def windows(arguments: argparse.Namespace, _device: torch.device, _folder: Path,
         for precision in record["rates"]:
             for number in (4, 1):
                 command = ["--backbone", backbone, "--present", *PRESENT[number], "--box", str(arguments.box)]
-                found = measure(["inference.py", *command, "--precision", precision, "--device", arguments.device])
+                command += ["--precision", precision, "--device", arguments.device]
+                found = inference.run(inference.parser().parse_args(command))
                 rows.append(
                     {
                         "segmented box": backbone,
@@ -195,7 +257,7 @@ def epoch(arguments: argparse.Namespace, device: torch.device, folder: Path, rec
     return rows
 
 
-PARTS = {"steps": steps, "windows": windows, "masks": masks, "epoch": epoch}
+PARTS = {"equal": equal, "steps": steps, "windows": windows, "masks": masks, "epoch": epoch}
 
 
 def _precisions(device: torch.device) -> list[str]:

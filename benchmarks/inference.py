@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from math import ceil
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -36,6 +37,11 @@ GIB = 2**30
 
 
 def main() -> None:
+    print(json.dumps(run(parser().parse_args())))
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be said on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementation", choices=["ours", "straightforward"], default="ours")
     parser.add_argument("--backbone", choices=list(BACKBONES), default="rfnet")
@@ -44,10 +50,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4, help="the first warms up; the best of the others counts")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of ours")
     parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One row of figures."""
     task = Task.load("glioma")
     present = arguments.present or list(task.names)
     device = choose_device(arguments.device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
     shape = (arguments.box,) * 3
     rng = np.random.default_rng(0)
@@ -61,7 +74,7 @@ def main() -> None:
         begun = time.perf_counter()
         segment()
         seconds.append(time.perf_counter() - begun)
-    summary = {
+    return {
         "implementation": arguments.implementation,
         "backbone": arguments.backbone,
         "present": present,
@@ -75,7 +88,6 @@ def main() -> None:
         "best_warm_s": min(seconds[1:] or seconds),
         "peak_gib": peak_memory(device) / GIB,
     }
-    print(json.dumps(summary))
 
 
 def ours(

@@ -12,8 +12,9 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import straightforward
 import torch
@@ -33,9 +34,16 @@ from training.methods import METHODS, build_method
 from training.ranks import ALONE
 
 GIB = 2**30
+WARM = 2
+"""Steps that do not count: the first of all, and the one that is recorded."""
 
 
 def main() -> None:
+    print(json.dumps(run(parser().parse_args())))
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be said on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementation", choices=["ours", "straightforward"], default="ours")
     parser.add_argument("--backbone", choices=list(BACKBONES), default="rfnet")
@@ -49,10 +57,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="samples of a step, all with the same modalities")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the encoders and the separate decoder")
-    parser.add_argument("--channels-last", action="store_true", help="memory voxel by voxel on a GPU, as on a CPU")
+    parser.add_argument("--graphs", action="store_true", help="record the step as CUDA graphs, as the trainer does")
     parser.add_argument("--count", action="store_true", help="count a step's operations and the bytes they move, too")
-    arguments = parser.parse_args()
+    return parser
 
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One row of figures; says every step's as it goes."""
     task = Task.load(arguments.task)
     if arguments.crop:
         sides = arguments.crop if len(arguments.crop) == 3 else arguments.crop * 3
@@ -60,21 +71,22 @@ def main() -> None:
     present = arguments.present or list(task.names)
     mask = task.mask(present)
     device = choose_device(arguments.device)
-    torch.manual_seed(0)
-    network, total, after_backward = IMPLEMENTATIONS[arguments.implementation](arguments, task, mask, device)
-    fused = arguments.implementation == "ours" and device.type == "cuda"
-    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True, fused=fused)
-
-    step = _step(total, after_backward, optimiser, device)
+    is_ours, on_gpu = arguments.implementation == "ours", device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     figures = []
-    as_trained = arguments.implementation == "ours" and device.type == "cpu"
-    with kept_heap() if as_trained else nullcontext():  # as the trainer does
+    with ground(device, is_ours):
+        network, total, after_backward = _work(arguments, task, mask, device)
+        fused = is_ours and on_gpu
+        optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True, fused=fused)
+        step = _step(total, after_backward, optimiser, device)
         for number in range(arguments.steps):
             forward, backward = step()
             peak = peak_memory(device) / GIB
             figures.append({"forward_s": forward, "backward_s": backward, "peak_gib": peak})
-            print(f"step {number}: {forward + backward:.2f} s, peak {peak:.2f} GiB", flush=True)
-    warm = min(figures[1:] or figures, key=lambda f: f["forward_s"] + f["backward_s"])
+            print(f"step {number}: {forward + backward:.3f} s, peak {peak:.2f} GiB", flush=True)
+    warm = min(figures[WARM:] or figures, key=lambda f: f["forward_s"] + f["backward_s"])
     summary = {
         "implementation": arguments.implementation,
         "backbone": arguments.backbone,
@@ -96,13 +108,38 @@ def main() -> None:
         "batch": arguments.batch,
         "precision": arguments.precision,
         "compile": arguments.compile,
-        "channels_last": arguments.channels_last or device.type == "cpu",
+        "graphs": arguments.graphs,
     }
     if arguments.count:
+        del network, total, after_backward, optimiser, step
+        arguments.graphs = False  # what a graph does cannot be watched
+        network, total, after_backward = _work(arguments, task, mask, device)
         with Traffic() as traffic:
-            step()
+            total().backward()
+            after_backward()
         summary |= {"flops": traffic.flops, "bytes": traffic.bytes}
-    print(json.dumps(summary))
+    return summary
+
+
+@contextmanager
+def ground(device: torch.device, is_ours: bool) -> Iterator[None]:
+    """What steps run on: as the trainer's do; the straightforward ones run as torch does by default."""
+    if device.type == "cpu":
+        with kept_heap() if is_ours else nullcontext():
+            yield
+        return
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = is_ours
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _work(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], device: torch.device) -> Work:
+    torch.manual_seed(0)
+    return IMPLEMENTATIONS[arguments.implementation](arguments, task, mask, device)
 
 
 def _step(
@@ -141,9 +178,8 @@ def ours(arguments: argparse.Namespace, task: Task, mask: tuple[bool, ...], devi
     method = build_method(arguments.method, task.names, patch.classes)
     if arguments.compile:
         compile_shared(patch.network)
-    loss = Loss(patch.network, method, patch.ones, patch.classes, ALONE, arguments.precision)
-    layout = torch.channels_last_3d if arguments.channels_last else torch.preserve_format
-    x = patch.x.repeat(arguments.batch, 1, 1, 1, 1).contiguous(memory_format=layout)
+    loss = Loss(patch.network, method, patch.ones, patch.classes, ALONE, arguments.precision, arguments.graphs)
+    x = patch.x.repeat(arguments.batch, 1, 1, 1, 1)
     batch = Batch(x, patch.labels.repeat(arguments.batch, 1, 1, 1), [mask] * arguments.batch, [mask] * arguments.batch)
     return patch.network, lambda: loss(batch).total, lambda: method.after_backward(patch.network)
 

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import onednn, slabs, triton_kernels
+from models import folding, onednn, slabs, triton_kernels
 from models.layout import is_channels_last, like, rows, volume
 from models.precision import as_wanted, exact
 
 BEYOND = (1,) * 6
 Border = Literal["reflect", "zero"]
 """What lies beyond the faces of a volume."""
+TORCHS_OWN = 20480
+"""Channels times depth times height of one sample, up to which torch leaves oneDNN for its own convolution
+(`ConvParams::use_mkldnn` of torch 2)."""
 
 
 def convolve(
@@ -117,7 +120,8 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(weight, *parts)
         with exact(weight.device):
             prepared = [prepare(part) for part in parts] if prepare else parts
-            return _convolve(_padded(prepared, border), weight, bias, stride)
+            ctx.fold = _fold(prepared, weight, stride)
+            return _convolve(_padded(prepared, border, ctx.fold), weight, bias, stride, ctx.fold)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -129,9 +133,11 @@ class _Convolve(torch.autograd.Function):
             with exact(weight.device), torch.set_grad_enabled(needs_parts):
                 prepared = [ctx.prepare(part) for part in parts]
         with exact(weight.device), torch.no_grad():
-            padded = _padded(prepared, ctx.border)
+            padded = _padded(prepared, ctx.border, ctx.fold)
             gradient = like(gradient, padded)
-            of_padded, of_weight, of_bias = _convolve_backward(gradient, padded, weight, ctx.stride, needs_parts)
+            of_padded, of_weight, of_bias = _convolve_backward(
+                gradient, padded, weight, ctx.stride, needs_parts, ctx.fold
+            )
             del padded
             of_parts: list[Any] = [None] * len(parts)
             if needs_parts:
@@ -142,8 +148,17 @@ class _Convolve(torch.autograd.Function):
         return of_weight, of_bias, None, None, None, *of_parts
 
 
-def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
-    """The parts side by side along channels, with a voxel more beyond every face."""
+def _fold(parts: Sequence[Tensor], weight: Tensor, stride: int) -> int:
+    """Voxels that are put side by side, see `models.folding`."""
+    _, _, depth, height, width = parts[0].shape
+    if not onednn.fit(*parts):
+        return 1
+    n = folding.fold(weight, stride, width)
+    return n if n * weight.shape[1] * (depth + 2) * (height + 2) > TORCHS_OWN else 1
+
+
+def _padded(parts: Sequence[Tensor], border: Border, fold: int = 1) -> Tensor:
+    """The parts side by side along channels, with a voxel more beyond every face, and `folding.padding`."""
     if triton_kernels.suit(*parts):
         return triton_kernels.padded(parts, border == "reflect")
     if not is_channels_last(parts[0]):
@@ -151,9 +166,11 @@ def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
         return F.pad(whole, BEYOND, mode="reflect" if border == "reflect" else "constant")
     # Channels last, torch's concatenation and its padding take several times as long as these copies.
     batch, _, *size = parts[0].shape
-    shape = (batch, sum(p.shape[1] for p in parts), *(s + 2 for s in size))
-    padded = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, memory_format=torch.channels_last_3d)
-    at = 0
+    *others, width = (s + 2 for s in size)
+    shape = (batch, sum(p.shape[1] for p in parts), *others, size[-1] + folding.padding(fold))
+    whole = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device, memory_format=torch.channels_last_3d)
+    whole[..., width:] = 0
+    padded, at = whole[..., :width], 0
     for part in parts:
         padded[:, at : at + part.shape[1], 1:-1, 1:-1, 1:-1] = part
         at += part.shape[1]
@@ -163,7 +180,7 @@ def _padded(parts: Sequence[Tensor], border: Border) -> Tensor:
                 padded.select(axis, face).copy_(padded.select(axis, inner))
             else:
                 padded.select(axis, face).zero_()
-    return padded
+    return whole
 
 
 def _unpadded(gradient: Tensor, parts: Sequence[Tensor], border: Border) -> list[Tensor]:
@@ -182,8 +199,7 @@ def _unpadded(gradient: Tensor, parts: Sequence[Tensor], border: Border) -> list
 class _Halves:
     """One small volume as a batch of two halves, which gives the same sums.
 
-    For one sample with at most 20480 values in its first planes torch leaves oneDNN for its own convolution, 5 to 15
-    times slower (`ConvParams::use_mkldnn` of torch 2). For two samples it does not.
+    For one small sample torch leaves oneDNN for its own convolution, 5 to 15 times slower. For two samples it does not.
     """
 
     def __init__(self, depth: int, stride: int) -> None:
@@ -197,7 +213,7 @@ class _Halves:
     @classmethod
     def needed(cls, padded: Tensor, stride: int) -> _Halves | None:
         batch, channels, depth, height, _ = padded.shape
-        if padded.device.type != "cpu" or batch > 1 or channels == 1 or channels * depth * height > 20480:
+        if padded.device.type != "cpu" or batch > 1 or channels == 1 or channels * depth * height > TORCHS_OWN:
             return None
         return cls((depth - 3) // stride + 1, stride)
 
@@ -221,7 +237,10 @@ class _Halves:
         return whole
 
 
-def _convolve(padded: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor, stride: int, fold: int = 1) -> Tensor:
+    if fold > 1:
+        x = folding.side_by_side(padded, fold)
+        return folding.apart(F.conv3d(x, folding.folded(weight, fold), bias.repeat(fold)), fold)
     halves = _Halves.needed(padded, stride)
     if halves is None:
         y = F.conv3d(padded, weight, bias, stride)
@@ -231,15 +250,28 @@ def _convolve(padded: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tens
 
 
 def _convolve_backward(
-    gradient: Tensor, padded: Tensor, weight: Tensor, stride: int, of_input: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Tensor, padded: Tensor, weight: Tensor, stride: int, of_input: bool, fold: int
+) -> tuple[Any, Tensor, Tensor]:
     """Gradients of the padded input (if asked for), the weight and the bias."""
+    if fold > 1:
+        x, g = (folding.side_by_side(t, fold) for t in (padded, gradient))
+        _, of_folded, of_bias = _backward(g, x, folding.folded(weight, fold), 1, [False, True, True])
+        of_x = None
+        if of_input:  # which has as many channels as fill a register, or is the patient's scan
+            inner = padded[..., : gradient.shape[-1] + 2]
+            of_x, *_ = _backward(gradient, inner, weight, 1, [True, False, False])
+        return of_x, folding.unfolded(of_folded, fold), of_bias.view(fold, -1).sum(0)
     halves = _Halves.needed(padded, stride)
     x = padded if halves is None else halves.of_input(padded)
     g = gradient if halves is None else halves.of_gradient(gradient)
-    of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        g, x, weight, [len(weight)], [stride] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1, [of_input, True, True]
-    )
+    of_x, of_weight, of_bias = _backward(g, x, weight, stride, [of_input, True, True])
     if halves is not None and of_input:
         of_x = halves.joined_gradient(of_x, padded)
     return of_x, of_weight, of_bias
+
+
+def _backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: list[bool]) -> Any:
+    """Of the input, the weight and the bias, those that are wanted."""
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, [len(weight)], [stride] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1, wanted
+    )

@@ -3,11 +3,6 @@
 A layer without gradients need keep nothing. Its volume (B, c, D, H, W), channels last, is made in slabs: matrices
 (n, c) of n voxels each. Every function here that makes them yields them in order, and `joined` or `norm_act` puts them
 together. The sums are those of `models.convolution`, `models.normalisation` and `models.region_sum`.
-
-Convolutions of few channels put neighbouring voxels side by side: a vector register holds `LANES` channels, and a
-convolution to 8 wastes half of it. Channels last, n voxels along the last axis with c channels each lie in memory as
-one voxel with n * c channels does. n outputs need n + 2 inputs, two such voxels: a kernel of 3 x 3 x 2 with some
-weights 0.
 """
 
 from __future__ import annotations
@@ -19,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import onednn
+from models import folding, onednn
 from models.layout import volume
 
 SLOPE = 0.2
 EPS = 1e-5
 SLAB_BYTES = 2**21
 """Of a slab's padded input: with what is made of it, about what a core's caches hold."""
-LANES = 16
-"""Numbers in single precision that a vector register holds (AVX-512)."""
 
 
 def suit(*inputs: Tensor) -> bool:
@@ -142,9 +135,9 @@ def of_volume(x: Tensor) -> Iterator[Tensor]:
 def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int, reflect: bool) -> Iterator[Tensor]:
     """As `models.convolution.convolve`."""
     batch, _, *(depth, height, width) = parts[0].shape
-    (cout, cin), n = weight.shape[:2], _fold(weight, stride, width)
-    folded, bias = (_folded(weight, n), bias.repeat(n)) if n > 1 else (weight, bias)
-    beyond = max(n, 2)
+    (cout, cin), n = weight.shape[:2], folding.fold(weight, stride, width)
+    folded, bias = (folding.folded(weight, n), bias.repeat(n)) if n > 1 else (weight, bias)
+    beyond = folding.padding(n)
     planes = max(SLAB_BYTES // (4 * cin * (height + 2) * (width + beyond) * stride), 1)
     sources = [part.movedim(1, -1) for part in parts]
     # The last columns of a folded volume meet weights of 0 only; what never was written might be NaN.
@@ -154,7 +147,7 @@ def convolve(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, stride: int,
             count = min(planes, -(-depth // stride) - start)
             into = padded[: (count - 1) * stride + 3]
             _pad([source[sample] for source in sources], into, start * stride - 1, reflect)
-            x = into.view(1, len(into), height + 2, (width + beyond) // n, n * cin).movedim(-1, 1)
+            x = folding.side_by_side(into.movedim(-1, 0)[None], n)
             # Not `conv3d`: of small volumes it makes a convolution of its own, several times slower.
             y = torch.ops.aten.mkldnn_convolution(x, folded, bias, [0] * 3, [stride] * 3, [1] * 3, 1)
             yield y.movedim(1, -1).reshape(-1, cout)
@@ -220,29 +213,6 @@ def _pad(sources: Sequence[Tensor], into: Tensor, start: int, reflect: bool) -> 
             face.copy_(inner)
         else:
             face.zero_()
-
-
-def _fold(weight: Tensor, stride: int, width: int) -> int:
-    """Voxels to put side by side; 1: none."""
-    cout, cin = weight.shape[:2]
-    if stride > 1:
-        return 1
-    n = 1
-    # One channel's kernel is so small that even two registers pay.
-    while n * cout < (2 * LANES if cin == 1 else LANES) and width % (2 * n) == 0 and n < 8:
-        n *= 2
-    return n
-
-
-def _folded(weight: Tensor, n: int) -> Tensor:
-    """(cout, cin, 3, 3, 3) -> (n * cout, n * cin, 3, 3, 2): the same convolution of n voxels side by side."""
-    cout, cin = weight.shape[:2]
-    folded = weight.new_zeros(n, cout, n, cin, 3, 3, 2)
-    for out in range(n):
-        for tap in range(3):
-            group, place = divmod(out + tap, n)
-            folded[out, :, place, :, :, :, group] = weight[..., tap]
-    return folded.view(n * cout, n * cin, 3, 3, 2)
 
 
 def _empty(shape: Sequence[int]) -> Tensor:

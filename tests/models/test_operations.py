@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.convolution import convolve, pointwise
+from models.convolution import _fold, convolve, pointwise
 from models.layout import channel, in_fast_layout, is_channels_last, like, rows, volume
 from models.normalisation import EPS, SMALL, norm_act
 from models.region_sum import region_sum
@@ -119,3 +119,27 @@ def test_layouts():
     assert not is_channels_last(channel(plain, 1))
     assert is_channels_last(like(plain, x))
     assert not is_channels_last(like(x, plain))
+
+
+@pytest.mark.parametrize(("width", "out"), [(1, 8), (8, 8), (5, 4)])
+def test_a_convolution_of_voxels_side_by_side(width, out):
+    """In single precision, in which it is used: few outputs, and a volume that is large enough for oneDNN."""
+    x = random(1, max(width, 2), 74, 74, 8, layout=torch.channels_last_3d).float()
+    x = channel(x, 0) if width == 1 else x
+    weight, bias = random(out, width, 3, 3, 3, seed=1).float(), random(out, seed=2).float()
+    assert _fold([x], weight, 1) > 1
+    found = []
+    for function in (
+        lambda x, w, b: convolve([x], w, b),
+        lambda x, w, b: F.conv3d(F.pad(x, (1,) * 6, mode="reflect"), w, b),
+    ):
+        precise = torch.double if found else torch.float
+        leaves = [
+            t.detach().to(precise, memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)
+        ]
+        y = function(*leaves)
+        (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
+        found.append([y.detach(), *(t.grad for t in leaves)])
+    assert is_channels_last(found[0][0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-5 * other.abs().max().item())

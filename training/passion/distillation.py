@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.backbone import Fused
-from models.layout import long_product
-from training.passion.losses import CLAMP, Truth, factors, level_weight, probabilities, voxels
+from training.passion.losses import CLAMP, factors, level_weight, probabilities
+from training.passion.similarity import Counted
 
 TEMPERATURE = 4.0
-PROTOTYPE_EPS = 1e-5
-COSINE_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -61,27 +58,6 @@ class _Divergence(torch.autograd.Function):
         p, q = ctx.saved_tensors
         free = (p >= CLAMP) & (p <= 1)
         return torch.where(free, q / p, 0.0).mul_(-gradient / p.numel()), None
-
-
-Counted = Sequence[int] | Tensor
-"""The classes that have prototypes: their indices, or, for a GPU that is not to wait for anyone to look, (C,) with 1
-for those and 0 for the others, whose similarities are then computed too and multiplied by 0."""
-
-
-def similarity(feature: Tensor, truth: Truth, counted: Counted) -> Tensor:
-    """Cosine of every voxel's feature with its sample's own class prototypes: (1, F, D, H, W) -> (counted, V), or
-    (C, V) where `counted` says so.
-
-    A prototype is the class's mean feature. It is not detached.
-    """
-    flat = voxels(feature)  # (F, V)
-    y, counts = truth.onehot, truth.counts
-    if not isinstance(counted, Tensor):
-        y, counts = y[list(counted)], counts[list(counted)]
-    prototypes = long_product(flat, y) / (counts + PROTOTYPE_EPS)  # (F, counted)
-    # Divided by the voxels' norms after the product, which has fewer maps than the feature.
-    squares = flat.new_ones(1, len(flat)) @ flat.square()
-    return (F.normalize(prototypes, dim=0, eps=COSINE_EPS).T @ flat) / squares.clamp(min=COSINE_EPS**2).sqrt()
 
 
 def semantic_wise(student: Tensor, teacher: Tensor, counted: Counted) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from models.backbone import Backbone, Features, Fused, Mask
-from training.passion.distillation import SoftTargets, pixel_wise, semantic_wise, similarity
+from training.passion.distillation import SoftTargets, pixel_wise, semantic_wise
 from training.passion.losses import Truth, deep_supervision, probabilities, supervised, total
 from training.passion.preference import relative_preference
+from training.passion.similarity import similarity
 
 KL_WEIGHT = 0.5
 PROTO_WEIGHT = 0.1

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from models.backbone import Backbone, Features, Fused, Mask
-from training.passion.distillation import Counted, SoftTargets, pixel_wise, semantic_wise, similarity
+from training.passion.distillation import SoftTargets, pixel_wise, semantic_wise
 from training.passion.losses import Truth, deep_supervision, probabilities, supervised
 from training.passion.objective import Coefficients, Terms, in_all, matrix
+from training.passion.similarity import Counted, similarity
 
 Weights = Sequence[float] | Sequence[Tensor]
 """By modality. Where one is a number and 0, nothing is computed for it."""

@@ -43,7 +43,7 @@ def test_from_queued_to_succeeded_and_deleted(stack, short_scan):
     assert job["created"] <= job["started"] <= job["finished"]
     assert set(job["volumes_ml"]) == {"WT", "TC", "ET"}
     assert job["expected_dice"]["dice"] == {"WT": 0.5, "TC": 0.25, "ET": None}
-    assert [label["value"] for label in job["labels"]] == [0, 1, 2, 4]
+    assert [label["value"] for label in job["labels"]] == [0, 1, 2, 3]
     assert mask_status(stack, job) == (200, "application/gzip")
     files = sorted(str(p.relative_to(stack.store / job["id"])) for p in (stack.store / job["id"]).rglob("*.gz"))
     assert [re.sub("mask-[0-9a-f]{16}", "mask-RUN", file) for file in files] == [

@@ -18,8 +18,9 @@ def scanned():
 
 
 def test_a_job_gives_a_report_a_picture_and_probabilities(stack):
-    content, job = stack.mask({"flair": scanned()}, probabilities="true")
+    content, job = stack.mask({"flair": scanned()}, probabilities="true", et_value="4")
     mask, links = read(content), job["links"]
+    assert b"4 enhancing tumour" in mask.header["descrip"].item()
     report = stack.http.get(links["report"])
     facts = report.json()
     assert facts["grid"]["shape"] == list(mask.shape)
@@ -27,6 +28,9 @@ def test_a_job_gives_a_report_a_picture_and_probabilities(stack):
         counted = np.isin(np.asarray(mask.dataobj), region["values"]).sum()
         assert region["volume_ml"] == pytest.approx(counted * facts["grid"]["voxel_ml"])
         assert region["volume_ml"] == job["volumes_ml"][region["name"]]
+        assert region["values"][-1] == 4, "each of the regions has the enhancing tumour"
+    assert facts["labels"] == job["labels"]
+    assert job["labels"][3] == {"value": 4, "name": "enhancing tumour"}
     assert facts["software"]["worker"]["torch"]
     assert any("Dice of only 0.50 for WT from flair" in text for text in facts["warnings"])
     assert facts["warnings"] == job["warnings"]

@@ -52,7 +52,7 @@ def test_what_the_commands_train_the_service_serves(small_phantoms, small_task_f
         content, job = stack.mask(scans)
     assert job["model"] == "whole-way"
     assert job["expected_dice"]["dice"].keys() == {"WT", "TC", "ET"}
-    given = ("--t2", scans["t2"], "--flair", scans["flair"], "--et-value", 4)  # as the card says, and so the service
+    given = ("--t2", scans["t2"], "--flair", scans["flair"])
     passion("predict", models / "whole-way", *given, "-o", tmp_path / "m.nii.gz")
     ours = nib.load(tmp_path / "m.nii.gz")
     theirs = nib.Nifti1Image.from_bytes(gzip.decompress(content))

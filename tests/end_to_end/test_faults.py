@@ -138,6 +138,7 @@ def test_the_api_is_killed_during_uploads(parts):
             assert response.status_code == 202, response.text
             answered[key] = response.json()
             number += 1
+            time.sleep(0.1)  # all of them are to be done in the end
         return answered, broken
 
     with ThreadPoolExecutor(4) as pool:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from app.batch_command import segment_batch
+from app.client_names import Result
 from app.endings import INTERRUPTED, NOT_DONE, REFUSED, give_up, settings_with
 from app.key_commands import keys
 
@@ -102,7 +104,9 @@ def worker(models: Models = None, store: Store = None) -> None:
 @cli.command()
 def segment(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("-o", "--output", help="Where the mask goes, .nii.gz or .nii.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--output", help="Where the mask goes, .nii.gz or .nii; with --batch, a folder.")
+    ],
     url: Annotated[str, typer.Option(help="Where the service is.", envvar="PASSION_URL")] = "http://127.0.0.1:8000",
     flair: Annotated[Path | None, typer.Option(help="FLAIR volume.", show_default=False)] = None,
     t1ce: Annotated[Path | None, typer.Option(help="Contrast-enhanced T1 volume.", show_default=False)] = None,
@@ -116,7 +120,25 @@ def segment(
         Path | None,
         typer.Option(help="A patient's folder, instead: its scans are told by their names.", show_default=False),
     ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(help="A folder of patients' folders: all of them, what is done stays done.", show_default=False),
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, max=64, help="With --batch: patients at the service at a time.")] = 4,
     model: Annotated[str | None, typer.Option(help="Which model; see GET /models.", show_default=False)] = None,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(help="raw: register and strip the scans; none: take them as they are; auto.", show_default=False),
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Modality on whose grid the mask is to lie.", show_default=False)
+    ] = None,
+    et_value: Annotated[
+        int | None, typer.Option(help="What the mask holds for enhancing tumour: 3 or 4.", show_default=False)
+    ] = None,
+    save: Annotated[
+        list[Result] | None, typer.Option(help="What to write beside the mask; may be repeated.", show_default=False)
+    ] = None,
     keep: Annotated[bool, typer.Option(help="Leave the job on the service instead of deleting it.")] = False,
     key_file: Annotated[
         Path | None, typer.Option(help="File with the API key, if it is not in PASSION_KEY.", show_default=False)
@@ -125,13 +147,21 @@ def segment(
     """Send volumes of one patient to a service and get the mask, on the grid of the first volume given.
 
     In a folder names are those of BraTS or BIDS, or end in a modality or alias of the model; the first volume is the
-    first there is in the model's order. What was taken for what is said; no name of a file is sent.
+    first there is in the model's order. What was taken for what is said; no name of a file is sent. Beside mask.nii.gz,
+    --save writes mask-report.json, mask-preview.png and mask-REGION-probability.nii.gz.
 
     Where the service asks for an API key, it is read from PASSION_KEY or a file: others can read a command line.
-    Status 0: the mask is there and whole. 1: it is not, and it may be worth trying again. 2: the input was refused.
+    Status 0: the mask, or every one of the batch, is there and whole. 1: it is not, and it may be worth trying again.
+    2: the input was refused.
     """
     from app.client import Client, ClientError
+    from app.client_results import save as save_results
     from app.progress import JobProgress
+
+    results = list(dict.fromkeys(save or []))
+    form = {"model": model, "preprocess": preprocess, "grid": grid, "et_value": et_value}
+    form |= {"probabilities": "true" if Result.PROBABILITIES in results else None}
+    words = {field: str(word) for field, word in form.items() if word is not None}
 
     named = {"flair": flair, "t1ce": t1ce, "t1": t1, "t2": t2}
     images: dict[str, Path] = {}
@@ -141,13 +171,12 @@ def segment(
                 _add(images, *_named_file(text))
         elif named.get(option) is not None:
             _add(images, option, named[option])
-    if (folder is None) != bool(images):
-        few = "give at least one volume, such as --flair flair.nii.gz or --image NAME=FILE, or a --folder"
-        give_up("give --folder or volumes by name, not both" if images else few, REFUSED)
-    if not out.name.endswith((".nii", ".nii.gz")):
-        give_up(f"{out}: the mask's name must end in .nii.gz or .nii", REFUSED)
-    if not out.parent.is_dir():
-        give_up(f"{out.parent} is no folder: make it first", REFUSED)
+    if batch is not None:
+        if images or folder is not None:
+            give_up("give --batch, --folder or volumes by name, one of the three", REFUSED)
+        segment_batch(batch, out, url, _key(key_file), words, results, at_once, keep)
+        return
+    _check(images, folder, out)
     images = images if folder is None else _found(folder, url, _key(key_file), model)
     job: dict[str, Any] | None = None
     with (
@@ -155,7 +184,7 @@ def segment(
         JobProgress(sum(path.stat().st_size for path in images.values())) as progress,
     ):
         try:
-            job = client.submit(images, model, progress.sent)
+            job = client.submit(images, words, progress.sent)
             progress.accepted()
             done = client.wait(job, progress.job)
         except ClientError as error:
@@ -167,13 +196,24 @@ def segment(
             _forget(client, job)
             give_up("stopped; the service was told to delete the job", INTERRUPTED)
         try:
-            client.fetch(done, out)
+            save_results(client, done, out, results)
         except ClientError as error:
             progress.stop()
             give_up(f"{error}; the mask is still at {url.rstrip('/')}{done['links']['mask']}")
         if not keep:
             _forget(client, done)
     _report(done, out)
+
+
+def _check(images: dict[str, Path], folder: Path | None, out: Path) -> None:
+    """Ends the command for what does not go together."""
+    if (folder is None) != bool(images):
+        few = "give at least one volume, such as --flair flair.nii.gz or --image NAME=FILE, or a --folder"
+        give_up("give --folder or volumes by name, not both" if images else few, REFUSED)
+    if not out.name.endswith((".nii", ".nii.gz")):
+        give_up(f"{out}: the mask's name must end in .nii.gz or .nii", REFUSED)
+    if not out.parent.is_dir():
+        give_up(f"{out.parent} is no folder: make it first", REFUSED)
 
 
 def _key(file: Path | None) -> str | None:

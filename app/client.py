@@ -9,13 +9,13 @@ import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
 import httpx
 
 POLL_FIRST, POLL_MOST = 0.2, 2.0
-MOST_PATIENCE = 60.0
 LATER = {429, 503}
 """Answers that may be others in a moment."""
 
@@ -26,9 +26,21 @@ OnJob = Callable[[dict[str, Any]], None]
 class ClientError(RuntimeError):
     """The mask was not had. The message says why, in one line; `refused` if the images must be changed first."""
 
-    def __init__(self, message: str, refused: bool = False) -> None:
+    def __init__(self, message: str, refused: bool = False, status: int | None = None) -> None:
         super().__init__(message)
         self.refused = refused
+        self.status = status
+        """Of the service's answer; None if there was none."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try again, in seconds, with a service that is away, and with one that is full."""
+
+    away: float = 60.0
+    full: float = 60.0
+    sleep: Callable[[float], None] = time.sleep
+    """May raise, to stop."""
 
 
 class _Watched:
@@ -57,25 +69,28 @@ class _LaterError(Exception):
 
 
 class _Pause:
-    """Sleeps between attempts, for a minute in all."""
+    """Sleeps between attempts, for as long as patience has it."""
 
-    def __init__(self) -> None:
-        self._end = time.monotonic() + MOST_PATIENCE
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._began = time.monotonic()
 
-    def __call__(self, seconds: float) -> bool:
+    def __call__(self, error: ClientError, seconds: float) -> bool:
         """Whether to try again, after that many seconds."""
-        if time.monotonic() + seconds > self._end:
+        most = self._patience.full if error.status in LATER else self._patience.away
+        if time.monotonic() + seconds > self._began + most:
             return False
-        time.sleep(seconds)
+        self._patience.sleep(seconds)
         return True
 
 
 class Client:
     """Talks to one service. Methods raise `ClientError`."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, patience: Patience = Patience()) -> None:
         """`key` is an API key, for a service that asks for one."""
         self._url = url.rstrip("/")
+        self._patience = patience
         # Reading has a long limit: after the last byte the service looks through all the voxels before it answers.
         timeout = httpx.Timeout(30, read=600, write=120)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -100,20 +115,34 @@ class Client:
             raise ClientError(f"{what}. Name one of: {names}", refused=True)
         return {modality["name"]: modality["aliases"] for modality in chosen["modalities"]}
 
-    def submit(self, images: Mapping[str, Path], model: str | None, on_bytes: OnBytes) -> dict[str, Any]:
-        """Send the images, keyed by modality, in order. The names of the files stay here: they often name a patient."""
+    def fields(self) -> dict[str, Any]:
+        """The form of POST /segment as the service's own document has it: JSON schemas by field."""
+        try:
+            document = self._answer(self._http.get("/openapi.json"))
+            form = document["paths"]["/segment"]["post"]["requestBody"]["content"]["multipart/form-data"]
+            return cast(dict[str, Any], form["schema"]["properties"])
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        except (KeyError, TypeError) as error:
+            raise ClientError(f"{self._url} does not describe itself as PASSION Seg does") from error
+
+    def submit(
+        self, images: Mapping[str, Path], form: Mapping[str, str], on_bytes: OnBytes, name: str | None = None
+    ) -> dict[str, Any]:
+        """Send the images, keyed by modality, in order, and the form's words. The names of the files stay here: they
+        often name a patient. `name`: of this request; the same one again gives the same job."""
         # One name for however many attempts: if the answer to one is lost, the next one gets the same job.
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-        pause = _Pause()
+        headers = {"Idempotency-Key": name or str(uuid.uuid4())}
+        pause = _Pause(self._patience)
         while True:
             try:
-                return self._send(images, model, on_bytes, headers)
+                return self._send(images, form, on_bytes, headers)
             except _LaterError as later:
-                if not pause(later.seconds):
+                if not pause(later.error, later.seconds):
                     raise later.error from later.error.__cause__
 
     def _send(
-        self, images: Mapping[str, Path], model: str | None, on_bytes: OnBytes, headers: dict[str, str]
+        self, images: Mapping[str, Path], form: Mapping[str, str], on_bytes: OnBytes, headers: dict[str, str]
     ) -> dict[str, Any]:
         files: dict[str, Any] = {}
         sent = 0
@@ -127,8 +156,7 @@ class Client:
             for name, path in images.items():
                 suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
                 files[name] = (f"{name}{suffix}", _Watched(path.open("rb"), count), "application/octet-stream")
-            form = {"model": model} if model else {}
-            response = self._http.post("/segment", files=files, data=form, headers=headers)
+            response = self._http.post("/segment", files=files, data=dict(form), headers=headers)
             if response.status_code in LATER:
                 on_bytes(-sent)
                 raise _LaterError(_refusal(response), _seconds(response))
@@ -148,46 +176,49 @@ class Client:
         """Poll until the job is over. Raises for one that did not succeed."""
         pause = POLL_FIRST
         while job["state"] in ("queued", "running"):
-            time.sleep(pause)
+            self._patience.sleep(pause)
             pause = min(pause * 1.3, POLL_MOST)
-            job = self._look(job)
+            job = self.look(job["links"]["self"])
             on_job(job)
         if job["state"] != "succeeded":
             error = job.get("error") or {}
             raise ClientError(f"the job has {job['state']}: {error.get('detail', 'no reason was given')}")
         return job
 
-    def _look(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The job as it is now. A service that is away for a moment is waited for: the job is not lost by that."""
-        away = _Pause()
+    def look(self, address: str) -> dict[str, Any]:
+        """The job at an address, as it is now. A service that is away for a moment is waited for: the job is not lost
+        by that."""
+        return self._answer(self._get(address))
+
+    def _get(self, address: str) -> httpx.Response:
+        """An answer that is not to be another one in a moment."""
+        pause = _Pause(self._patience)
         while True:
             try:
-                response = self._http.get(job["links"]["self"])
+                response = self._http.get(address)
                 if response.status_code not in LATER:
-                    return self._answer(response)
+                    return response
                 failure, seconds = _refusal(response), _seconds(response)
             except httpx.TransportError as error:
                 failure, seconds = self._unreachable(error), 1.0
-            if not away(seconds):
+            if not pause(failure, seconds):
                 raise failure
 
-    def fetch(self, job: dict[str, Any], out: Path) -> None:
-        """Write the mask, whole or not at all."""
+    def fetch(self, address: str, out: Path) -> None:
+        """Write what is at an address, whole or not at all. Gzipped NIfTI is unpacked where `out` says `.nii`."""
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        gzipped = out.name.endswith(".gz")
         try:
-            with self._http.stream("GET", job["links"]["mask"]) as response:
-                if response.is_error:
-                    response.read()
-                    raise _refusal(response)
-                data = response.read()
-            nifti = gzip.decompress(data)  # its check sum says whether all of it arrived
-            temporary.write_bytes(data if gzipped else nifti)
+            response = self._get(address)
+            if response.is_error:
+                raise _refusal(response)
+            data = response.content
+            if response.headers.get("Content-Type") == "application/gzip":
+                nifti = gzip.decompress(data)  # its check sum says whether all of it arrived
+                data = data if out.name.endswith(".gz") else nifti
+            temporary.write_bytes(data)
             os.replace(temporary, out)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ClientError("the mask arrived damaged; its job is kept, try again") from error
+            raise ClientError(f"{out.name} arrived damaged; its job is kept, try again") from error
         except OSError as error:
             raise ClientError(f"cannot write {out}: {error.strerror}") from error
         finally:
@@ -224,11 +255,12 @@ def _refusal(response: httpx.Response) -> ClientError:
         sent = "Authorization" in response.request.headers
         wants = "does not take the API key in PASSION_KEY" if sent else "asks for an API key: put it into PASSION_KEY"
         return ClientError(
-            f"the service {wants}; its operator makes one with `passion-server keys create`", refused=True
+            f"the service {wants}; its operator makes one with `passion-server keys create`", True, response.status_code
         )
     try:
         problem = response.json()
         words = [problem.get("detail") or problem["title"], problem.get("remedy")]
     except (ValueError, KeyError, AttributeError):
         words = [f"the service answered {response.status_code}"]
-    return ClientError(". ".join(w.rstrip(".") for w in words if w), refused=400 <= response.status_code < 500)
+    status = response.status_code
+    return ClientError(". ".join(w.rstrip(".") for w in words if w), 400 <= status < 500, status)

@@ -90,7 +90,7 @@ def load_card(folder: Path) -> Card:
 def software_versions() -> dict[str, str]:
     """Versions of what computes: recorded in every card."""
     found = {"python": platform.python_version()}
-    for name in ("passion-seg", "torch", "monai", "numpy", "nibabel", "scipy"):
+    for name in ("passion-seg", "torch", "numpy", "nibabel", "scipy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

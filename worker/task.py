@@ -133,7 +133,7 @@ def _segment(job: Job, desk: Desk) -> None:
             grid=job.grid or None,
             on_volume=results.look,
             probabilities=job.probabilities,
-        )
+        ).writing(job.label_values)
 
     try:
         segmentation = segmented()

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.jobs.record import Expectation
 
 CARD = "card.json"
+ET, ET_VALUE = "ET", 3
+"""The region of enhancing tumour, and what files of BraTS hold for it since 2023; before, they held 4."""
 
 
 class _Lenient(BaseModel):
@@ -26,10 +28,11 @@ class ModalityCard(_Lenient):
 
 
 class LabelCard(_Lenient):
-    """One class; `value` is what the mask holds for it."""
+    """One class; `value` is what the mask holds for it, `also_read` what it can be made to hold instead."""
 
     name: str
     value: int
+    also_read: tuple[int, ...] = ()
 
 
 class RegionCard(_Lenient):
@@ -89,6 +92,22 @@ class ModelCard(_Lenient):
                 return modality.name
         return None
 
+    def label_values(self, et_value: int | None) -> dict[str, int]:
+        """What a mask is to hold for which label, by name, where that may differ from the card; as `passion predict`.
+
+        `et_value`: for enhancing tumour, None for the default. Raises `LabelValueError` for a value that is not the
+        label's, or a task without such a label.
+        """
+        task = self.task
+        places = next((region.labels for region in task.regions if region.name == ET), ())
+        label = task.labels[places[0]] if len(places) == 1 else None
+        known = () if label is None else tuple(sorted((label.value, *label.also_read)))
+        if et_value is not None and et_value not in known:
+            whole = f"task {task.name} has no region {ET} of one label"
+            raise LabelValueError(whole if label is None else f"task {task.name} knows {label.name} otherwise", known)
+        value = ET_VALUE if et_value is None else et_value
+        return {label.name: value} if label is not None and value in known else {}
+
     def expectation(self, given: tuple[str, ...]) -> Expectation | None:
         """What the model scored with exactly these modalities, if its card says."""
         if self.scores is None:
@@ -99,6 +118,15 @@ class ModelCard(_Lenient):
                 dice = {r.name: subset.dice.get(r.name) for r in self.task.regions}
                 return Expectation(dataset=self.scores.dataset, cases=self.scores.cases, dice=dice)
         return None
+
+
+class LabelValueError(ValueError):
+    """A value that masks of a model cannot hold for a label."""
+
+    def __init__(self, message: str, known: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.known = known
+        """Those they can."""
 
 
 class CardError(ValueError):

@@ -131,6 +131,8 @@ class Job(_Record):
     """The modality on whose grid the mask is to lie; empty: the first given."""
     missing: tuple[str, ...] = ()
     labels: tuple[LabelName, ...] = ()
+    label_values: dict[str, int] = Field(default_factory=dict)
+    """What the mask is to hold for which label, by name, whatever the model's card says; `labels` has it already."""
     expected: Expectation | None = None
     probabilities: bool = False
     """Whether its sender wants the regions' probabilities too."""

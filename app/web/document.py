@@ -11,7 +11,16 @@ from app.jobs.cards import CardError, ModelCard
 from app.web.origin import SAFE
 from app.web.problems import ProblemDocument, problems_of
 from app.web.service import Service
-from app.web.upload import GRID_FIELD, MODEL_FIELD, PREPROCESS, PREPROCESS_FIELD, PROBABILITIES_FIELD, TRUTHS
+from app.web.upload import (
+    ET_VALUE_FIELD,
+    ET_VALUES,
+    GRID_FIELD,
+    MODEL_FIELD,
+    PREPROCESS,
+    PREPROCESS_FIELD,
+    PROBABILITIES_FIELD,
+    TRUTHS,
+)
 
 PREPROCESSING: dict[str, Any] = {
     "type": "string",
@@ -20,6 +29,13 @@ PREPROCESSING: dict[str, Any] = {
     "description": "raw: the images are as they come from the scanner; they are registered to each other and the skull "
     "is stripped. none: they are taken as they are. auto: what they seem to need, and nothing for images that are "
     "registered and stripped.",
+}
+
+ENHANCING: dict[str, Any] = {
+    "type": "string",
+    "enum": list(ET_VALUES),
+    "description": "What the mask holds for enhancing tumour: 3 as BraTS since 2023 (the default where the "
+    "model's label has it), or 4 as before. Not for models without such a label.",
 }
 
 ANYWHERE = ("not-http", "wrong-host", "busy", "internal")
@@ -111,6 +127,7 @@ def _form(service: Service) -> dict[str, Any]:
                         PREPROCESS_FIELD: PREPROCESSING,
                         GRID_FIELD: grid,
                         PROBABILITIES_FIELD: probabilities,
+                        ET_VALUE_FIELD: ENHANCING,
                         **images,
                     },
                     "anyOf": [{"required": [name]} for name in images] or [{}],

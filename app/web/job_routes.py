@@ -155,7 +155,11 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
         preprocess=accepted.preprocess,
         grid=accepted.grid,
         missing=tuple(name for name in card.modalities if name not in given),
-        labels=tuple(LabelName(value=label.value, name=label.name) for label in card.task.labels),
+        labels=tuple(
+            LabelName(value=accepted.label_values.get(label.name, label.value), name=label.name)
+            for label in card.task.labels
+        ),
+        label_values=accepted.label_values,
         expected=card.expectation(given),
         probabilities=accepted.probabilities,
         owner=owner,

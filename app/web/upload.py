@@ -16,7 +16,7 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
 
-from app.jobs.cards import CardError, ModelCard
+from app.jobs.cards import CardError, LabelValueError, ModelCard
 from app.jobs.record import InputFile, Preprocess
 from app.jobs.scan import Scan, check, check_same_field_of_view, magic
 from app.jobs.scan_header import ScanError
@@ -31,11 +31,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD = "model", "preprocess", "grid", "probabilities"
-TEXT_FIELDS = (MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD)
+ET_VALUE_FIELD = "et_value"
+TEXT_FIELDS = (MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD, ET_VALUE_FIELD)
 """Fields of the form that hold a word and no file."""
 MAX_WORD = 128
 PREPROCESS: tuple[Preprocess, ...] = get_args(Preprocess)
 TRUTHS = {"false": False, "true": True}
+ET_VALUES = {"3": 3, "4": 4}
+"""What BraTS wrote for enhancing tumour since 2023, and before."""
 BUFFER = 1 << 20
 """Bytes of one part in memory before they are written, and so of one upload."""
 
@@ -61,6 +64,8 @@ class Accepted:
     grid: str
     """The modality on whose grid the mask is to lie; empty: the first given."""
     probabilities: bool
+    label_values: dict[str, int]
+    """By label: what the mask is to hold, whatever the card says."""
     fingerprint: str
     """Hex SHA-256 of what was sent: equal for the same model, options and bytes as the same modalities in order."""
 
@@ -181,6 +186,7 @@ class _Upload:
         name, card = self._chosen()
         preprocess = self._preprocess()
         probabilities = self._probabilities()
+        label_values = self._label_values(card)
         if not self._received:
             raise Problem(
                 "no-images",
@@ -217,7 +223,9 @@ class _Upload:
                 field=_short(other),
             )
         options = [name, preprocess, grid, *([PROBABILITIES_FIELD] if probabilities else [])]
-        return Accepted(name, card, tuple(inputs), preprocess, grid, probabilities, _fingerprint(options, files))
+        options += [f"{label} {value}" for label, value in label_values.items()]
+        fingerprint = _fingerprint(options, files)
+        return Accepted(name, card, tuple(inputs), preprocess, grid, probabilities, label_values, fingerprint)
 
     async def _check(self, received: Received, filename: str) -> Scan:
         clean = self._folder / filename
@@ -250,6 +258,18 @@ class _Upload:
             detail = f"{PROBABILITIES_FIELD} is neither true nor false"
             raise _bad_word(PROBABILITIES_FIELD, detail, "Send one of the two, or leave it out for false.")
         return known
+
+    def _label_values(self, card: ModelCard) -> dict[str, int]:
+        word = self._words.get(ET_VALUE_FIELD)
+        if word and word not in ET_VALUES:
+            remedy = f"Name one of: {', '.join(ET_VALUES)}."
+            raise _bad_word(ET_VALUE_FIELD, f"{_short(word)!r} is no value for enhancing tumour", remedy)
+        try:
+            return card.label_values(ET_VALUES[word] if word else None)
+        except LabelValueError as error:
+            known = f"Name one of: {', '.join(map(str, error.known))}." if error.known else "Leave it out."
+            detail = f"the model cannot write enhancing tumour as {word}: {error}"
+            raise _bad_word(ET_VALUE_FIELD, detail, known) from error
 
     def _chosen(self) -> tuple[str, ModelCard]:
         shelf = self._service.models

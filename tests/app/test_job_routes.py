@@ -136,7 +136,7 @@ def test_full_is_said_before_the_upload_and_after_it(settings, client):
 def test_what_there_is_beside_the_mask(settings, client):
     store, blobs = JobStore(client, settings), BlobStore(settings.store)
     with serving(settings) as api:
-        form = {"model": "tiny", "probabilities": "true"}
+        form = {"model": "tiny", "probabilities": "true", "et_value": "4"}
         job = api.post("/segment", files={"flair": FLAIR}, data=form).json()
         here = job["links"]["self"]
         assert [job["links"][name] for name in ("report", "preview", "probabilities")] == [None] * 3

@@ -43,7 +43,7 @@ def test_from_queued_to_succeeded_and_deleted(stack, short_scan):
     assert job["created"] <= job["started"] <= job["finished"]
     assert set(job["volumes_ml"]) == {"WT", "TC", "ET"}
     assert job["expected_dice"]["dice"] == {"WT": 0.5, "TC": 0.25, "ET": None}
-    assert [label["value"] for label in job["labels"]] == [0, 1, 2, 4]
+    assert [label["value"] for label in job["labels"]] == [0, 1, 2, 3]
     assert mask_status(stack, job) == (200, "application/gzip")
     files = sorted(str(p.relative_to(stack.store / job["id"])) for p in (stack.store / job["id"]).rglob("*.gz"))
     assert [re.sub("mask-[0-9a-f]{16}", "mask-RUN", file) for file in files] == [
@@ -144,7 +144,7 @@ def succeed_once(stack, files):
 @pytest.mark.slow
 def test_a_job_that_takes_too_long_fails_with_a_reason(own_stack, long_scan, short_scan):
     """At the soft limit by the task itself, at the hard one (a child that does not react) by the worker's parent."""
-    with own_stack(PASSION_SOFT_TIME_LIMIT="5", PASSION_HARD_TIME_LIMIT="7") as stack:
+    with own_stack(PASSION_SOFT_TIME_LIMIT="3", PASSION_HARD_TIME_LIMIT="4") as stack:
         succeed_once(stack, short_scan)  # so that the model is loaded, which on a busy machine takes longer than that
         soft = stack.finished(stack.post({"t2": long_scan}).json())
         assert soft["state"] == "failed"

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 TOLD = Path(__file__).parent / "openapi"
 SEED = 1
-EXAMPLES = os.environ.get("SCHEMA_EXAMPLES", "25")
+EXAMPLES = os.environ.get("SCHEMA_EXAMPLES", "15")
 """Per operation; the cases that a schema's limits call for come on top."""
 
 

@@ -2,12 +2,16 @@
 
 import gzip
 import io
+import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from raw_scans import moved, patient
 from scans import SMALL, head, image, nifti_gz, read
+
+from models.volume import save_image
 
 
 def scanned():
@@ -18,8 +22,9 @@ def scanned():
 
 
 def test_a_job_gives_a_report_a_picture_and_probabilities(stack):
-    content, job = stack.mask({"flair": scanned()}, probabilities="true")
+    content, job = stack.mask({"flair": scanned()}, probabilities="true", et_value="4")
     mask, links = read(content), job["links"]
+    assert b"4 enhancing tumour" in mask.header["descrip"].item()
     report = stack.http.get(links["report"])
     facts = report.json()
     assert facts["grid"]["shape"] == list(mask.shape)
@@ -27,6 +32,9 @@ def test_a_job_gives_a_report_a_picture_and_probabilities(stack):
         counted = np.isin(np.asarray(mask.dataobj), region["values"]).sum()
         assert region["volume_ml"] == pytest.approx(counted * facts["grid"]["voxel_ml"])
         assert region["volume_ml"] == job["volumes_ml"][region["name"]]
+        assert region["values"][-1] == 4, "each of the regions has the enhancing tumour"
+    assert facts["labels"] == job["labels"]
+    assert job["labels"][3] == {"value": 4, "name": "enhancing tumour"}
     assert facts["software"]["worker"]["torch"]
     assert any("Dice of only 0.50 for WT from flair" in text for text in facts["warnings"])
     assert facts["warnings"] == job["warnings"]
@@ -44,3 +52,31 @@ def test_a_job_gives_a_report_a_picture_and_probabilities(stack):
     assert all(b"DOE" not in answer for answer in answers)
     assert stack.http.delete(links["self"]).status_code == 204
     assert stack.http.get(links["report"]).status_code == 404
+
+
+@pytest.fixture
+def small(stack, small_checkpoint):
+    """The name of a model of 6 mm, served beside the one that all tests have."""
+    place = stack.models / "small"
+    shutil.copytree(small_checkpoint, place)
+    yield place.name
+    shutil.rmtree(place)
+
+
+@pytest.mark.slow
+def test_raw_scans_are_registered_on_the_way(stack, small, tmp_path):
+    """A moved FLAIR with thicker slices comes back with a mask on its own grid, and is told how far it had moved."""
+    files = {}
+    for name, volume in {"flair": moved("flair"), "t1": patient()["t1"]}.items():
+        files[name] = tmp_path / f"{name}.nii.gz"
+        save_image(volume.grid.image(volume.data), files[name])
+    content, job = stack.mask(files, model=small, preprocess="raw")
+    assert job["preprocess"] == "raw"
+    assert job["seconds"]["preparing"] > 0
+    assert job["warnings"][0].startswith("The scans were registered to t1: flair by ")
+    mask, flair = read(content), moved("flair").grid
+    assert mask.shape == flair.shape
+    np.testing.assert_allclose(mask.affine, flair.affine, atol=1e-4)
+    assert np.asarray(mask.dataobj).any()
+    left_alone, _ = stack.mask(files, model=small, preprocess="none")
+    assert not np.array_equal(np.asarray(read(left_alone).dataobj), np.asarray(mask.dataobj))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 
 import nibabel as nib
 import psutil
@@ -24,21 +25,18 @@ def gone(processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_stops_all_of_it(own_stack, number):
-    """The second time in a stack that can be reached from elsewhere, and is of use to nobody without a key."""
-    beyond = {"keep": False, "PASSION_HOST": "0.0.0.0"} if number == signal.SIGTERM else {}
-    with own_stack(**beyond) as stack:
-        assert stack.http.get("/models").status_code == (401 if beyond else 200)
-        if beyond:
-            key = stack.process.stdout.readline().removeprefix("API key (shown once): ").strip()
-            assert stack.http.get("/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+def test_one_signal_stops_all_of_it(own_stack):
+    """In a stack that can be reached from elsewhere, and is of use to nobody without a key. Another signal: below."""
+    with own_stack(keep=False, PASSION_HOST="0.0.0.0") as stack:
+        assert stack.http.get("/models").status_code == 401
+        key = stack.process.stdout.readline().removeprefix("API key (shown once): ").strip()
+        assert stack.http.get("/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         everyone = family(stack.process)
         names = " ".join(" ".join(p.cmdline()) for p in everyone[1:])
         assert "redis-server" in names
         assert "app.cli api" in names
         assert "worker.celery_app" in names
-        stack.process.send_signal(number)
+        stack.process.send_signal(signal.SIGTERM)
         assert stack.process.wait(20) == 0
         assert gone(everyone)
 
@@ -64,18 +62,25 @@ def test_when_a_part_ends_the_rest_is_stopped_and_the_status_says_so(own_stack):
 
 @pytest.mark.slow
 def test_with_a_store_jobs_outlive_the_service_and_the_interrupted_one_is_finished(own_stack):
-    with own_stack() as stack:
+    with own_stack(PASSION_STOP_GRACE="0.2") as stack:
+        assert stack.http.get("/models").status_code == 200
         done = stack.finished(stack.post({"t2": scan("t2", SMALL)}).json())
-        cut = stack.post({"t2": scan("t2", (64, 64, 64))}).json()
+        cut = stack.post({"t2": scan("t2", (48, 48, 48))}).json()
         stack.until(cut, lambda j: j["stage"] == "segmenting")
         mask = stack.http.get(done["links"]["mask"]).content
         stack.process.send_signal(signal.SIGTERM)
         assert stack.process.wait(20) == 0
+        cut_at = datetime.now(UTC).isoformat()
     with own_stack() as stack:
         assert stack.job(done) == done
         assert stack.http.get(done["links"]["mask"]).content == mask
         finished = stack.finished(cut, within=120)
         assert (finished["state"], finished["attempts"]) == ("succeeded", 1)
+        assert finished["finished"] > cut_at, "it was not interrupted"
+        everyone = family(stack.process)
+        stack.process.send_signal(signal.SIGINT)
+        assert stack.process.wait(20) == 0
+        assert gone(everyone)
 
 
 def up(*arguments, **environment):

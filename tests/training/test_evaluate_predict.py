@@ -68,9 +68,11 @@ def test_evaluate_scores_every_subset_as_predict_would(checkpoint, small_phantom
 
 
 @pytest.mark.parametrize("options", [("--no-card",), ("--overlap", 0.25), ("--window", 24)])
-def test_evaluate_one_subset_without_touching_the_card(checkpoint, small_phantoms, tmp_path, options):
+def test_evaluate_one_subset_without_touching_the_card(checkpoint, small_phantoms, case, tmp_path, options):
     before = (checkpoint / "card.json").read_bytes()
-    arguments = ("--modalities", "t2w+flair", "--empty", "brats", "--out", tmp_path / "o")
+    (tmp_path / "test.txt").write_text(f"{case.name}\n")
+    arguments = ("--only", tmp_path / "test.txt", "--modalities", "t2w+flair", "--empty", "brats")
+    arguments += ("--out", tmp_path / "o")
     result = run("evaluate", checkpoint, small_phantoms, *arguments, *options)
     assert result.exit_code == 0, result.output
     assert (checkpoint / "card.json").read_bytes() == before

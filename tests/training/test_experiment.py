@@ -53,13 +53,19 @@ def nobody_at_work(folder):
     return True
 
 
-def test_a_killed_runner_leaves_nothing_running_and_goes_on_where_it_was(tmp_path):
+def test_a_killed_runner_leaves_nothing_running_and_goes_on_where_it_was(tmp_path, small_phantoms):
     content = yaml.safe_load(files.shipped()["tiny"].read_text())
     content["train"] |= {"epochs": 4, "crop": [16, 16, 16]}
     content["evaluate"] = {"subsets": ["flair", "t1ce", "t1", "t2"]}
     content["data"]["phantom"]["test"]["subjects"] = 1
     definition, out = tmp_path / "tiny.yaml", tmp_path / "results"
     definition.write_text(yaml.safe_dump(content))
+    # Those to train on are there, as after a kill that came later; the one to test on is made.
+    out.mkdir()
+    shutil.copy(definition, out / "definition.yaml")
+    for index in range(1, 4):
+        name = f"Phantom_{index:04d}"
+        shutil.copytree(small_phantoms / name, out / "work" / "phantoms-train" / name)
     first, second = (out / "work" / "runs" / f"rfnet-mr2468-{arm}-seed1" for arm in ("baseline", "passion"))
     log = second / "out" / "log.jsonl"
 

@@ -1,6 +1,8 @@
 """Dice and HD95 against hand-computed cases."""
 
 import math
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -100,10 +102,16 @@ def test_the_box_changes_nothing_and_monai_agrees(seed):
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         pair = (from_numpy(r)[None, None] for r in (a, b))
         whole = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
-    assert hd95(a, b, spacing) == pytest.approx(whole.item(), rel=1e-5)
+    assert hd95(a, b, spacing) == pytest.approx(whole.item(), rel=1e-6)
     against_the_edges = [np.roll(r, (-3, -5, -2), (0, 1, 2)) for r in (a, b)]
     in_the_middle = [np.pad(r, 10) for r in (a, b)]
     assert hd95(*against_the_edges, spacing) == hd95(*in_the_middle, spacing) == hd95(a, b, spacing)
+
+
+def test_importing_it_imports_no_monai():
+    """Every command that trains or scores would wait seconds for it."""
+    code = "import sys, training.metrics, training.experiments.data; print('monai' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_no_warning_reaches_the_user():

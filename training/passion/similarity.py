@@ -15,7 +15,7 @@ from training.passion.losses import Truth, voxels
 
 PROTOTYPE_EPS = 1e-5
 COSINE_EPS = 1e-5
-CHUNK = 2**14
+_CHUNK = 2**14
 """Voxels at a time on a CPU, whose cache then has what is made of them."""
 
 Counted = Sequence[int] | Tensor
@@ -85,8 +85,8 @@ class _Similarity(torch.autograd.Function):
 
 
 def _chunks(f: Tensor) -> Iterator[slice]:
-    for start in range(0, len(f), CHUNK):
-        yield slice(start, start + CHUNK)
+    for start in range(0, len(f), _CHUNK):
+        yield slice(start, start + _CHUNK)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import structlog
+from billiard.einfo import ExceptionWithTraceback
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 from redis import RedisError
@@ -23,7 +24,10 @@ class SegmentRequest(Request):
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """A child is gone, or its task raised. Celery gives the message of a lost child back at once, so the run's
         lease must end before that: whoever gets the message would otherwise find the job in live hands."""
-        if isinstance(exc_info.exception, WorkerLostError | SystemExit | KeyboardInterrupt):
+        why = exc_info.exception
+        if isinstance(why, ExceptionWithTraceback):  # as billiard hands over what it raised itself
+            why = why.exc
+        if isinstance(why, WorkerLostError | SystemExit | KeyboardInterrupt):
             settings = Settings()
             try:
                 JobStore(connect(settings), settings).process_ended(self.id, self.hostname)

@@ -117,10 +117,10 @@ def segment(url: str, patient: Path, mask: Path) -> dict[str, Any]:
 
     with Client(url) as client:
         try:
-            job = client.submit({name: scan(patient, name) for name in GIVEN}, None, lambda _: None)
+            job = client.submit({name: scan(patient, name) for name in GIVEN}, {}, lambda _: None)
             print(f"  accepted: {url}{job['links']['self']}", flush=True)
             job = client.wait(job, show)
-            client.fetch(job, mask)
+            client.fetch(job["links"]["mask"], mask)
         except ClientError as error:
             raise DemoError(str(error)) from error
     return job

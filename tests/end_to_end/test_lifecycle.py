@@ -124,6 +124,8 @@ def test_a_killed_child_does_not_lose_its_job(stack, long_scan):
     os.kill(children[0].pid, signal.SIGKILL)
     again = stack.until(job, lambda j: j["attempts"] == 2)
     assert again["state"] == "running"
+    events = [words for line in log_of(stack, job["id"]) for words in line]
+    assert "a worker was lost: its job waits again" not in events, "it waited for the lease to lapse"
     stack.http.delete(f"/jobs/{job['id']}")
 
 

@@ -15,8 +15,6 @@ from training.passion.losses import Truth, voxels
 
 PROTOTYPE_EPS = 1e-5
 COSINE_EPS = 1e-5
-_CHUNK = 2**14
-"""Voxels at a time on a CPU, whose cache then has what is made of them."""
 
 Counted = Sequence[int] | Tensor
 """The classes that have prototypes: their indices, or, for a GPU that is not to wait for anyone to look, (C,) with 1
@@ -85,8 +83,10 @@ class _Similarity(torch.autograd.Function):
 
 
 def _chunks(f: Tensor) -> Iterator[slice]:
-    for start in range(0, len(f), _CHUNK):
-        yield slice(start, start + _CHUNK)
+    """As many voxels at a time as leave what is made of them in the processor's cache."""
+    most = 2**14
+    for start in range(0, len(f), most):
+        yield slice(start, start + most)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -86,9 +86,10 @@ class _Bounded:
         self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
 
     def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > self._most:
+        data = self._file.read(self._most + 1 if size < 0 else min(size, self._most + 1))
+        if len(data) > self._most:
             raise zipfile.BadZipFile("too long a list of files")
-        return self._file.read(size)
+        return data
 
 
 def _too_many(limits: Settings) -> ScanError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from app.jobs.scan_header import ScanError, check_spacing, check_voxels
-from app.jobs.series import Instance, Series, SeriesError, is_junk
+from app.jobs.series import ONE_SERIES, Instance, Series, SeriesError, is_junk
 from app.jobs.settings import Settings
 
 ZIP = b"PK"
-HEAD = 16 << 20
+HEAD = 8 << 20
 """Bytes of a file that are looked at. The header of a volume in one file has some megabytes."""
+HEADERS = 128 << 20
+"""Bytes of all headers together: a header that is made for it takes a second per some megabytes to read."""
 CHUNK = 1 << 20
 ENTRY = 1024
 """Bytes per file that a zip's list of files may have."""
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 READABLE = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 ZIP_AGAIN = "Zip the folder of the series again, without a password."
 
@@ -28,20 +32,25 @@ def is_zip(head: bytes) -> bool:
 
 
 def check_archive(sent: Path, limits: Settings) -> Series:
-    """Read a zip once, to its last byte, and the headers of what it holds. In memory are 16 MiB of it at a time.
+    """Read a zip once, to its last byte, and the headers of what it holds. In memory are 8 MiB of it at a time.
 
     Raises `ScanError` with the reason, and `OSError` as the file system does.
     """
     try:
         with sent.open("rb") as file:
-            found = (
-                Instance.parse(head)
-                for head in _heads(cast(BinaryIO, _Bounded(file, limits.max_archive_files)), limits)
-            )
-            series = Series.of([instance for instance in found if instance is not None])
+            found, header_bytes = [], 0
+            for head in _heads(cast(BinaryIO, _Bounded(file, limits.max_archive_files)), limits):
+                instance = Instance.parse(head)
+                if instance is None:
+                    continue
+                found.append(instance)
+                header_bytes += instance.header_bytes
+                if header_bytes > HEADERS:
+                    raise ScanError("bad-header", f"the headers have more than {HEADERS} bytes", ONE_SERIES)
+            series = Series.of(found)
     except SeriesError as error:
         raise ScanError(error.kind, error.detail, error.remedy) from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except DAMAGED as error:
         raise ScanError("corrupt-zip", "the zip is damaged", ZIP_AGAIN) from error
     check_voxels(series.shape, limits)
     check_spacing(series.affine, limits)

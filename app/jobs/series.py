@@ -37,6 +37,9 @@ SYNTAXES = {
 unpack to anything."""
 META, DEFLATED = 144, b"1.2.840.10008.1.2.1.99"
 """Bytes before the first element that says how the rest is written, and the syntax that is not even tried."""
+ITEM, MOST_ITEMS = b"\xfe\xff\x00\xe0", 100_000
+"""How an item of a sequence begins, and how many there may be: each becomes some kilobytes of objects. A volume of 400
+frames has some 10 000."""
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 TAGS: list[int | str] = [
     *("SOPClassUID", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
@@ -99,13 +102,16 @@ class Instance:
     rows: int
     columns: int
     planes: tuple[Plane, ...]
+    header_bytes: int
+    """How long the header is."""
 
     @classmethod
     def parse(cls, head: bytes) -> Self | None:
         """From a file's bytes, at least those before its pixels; None for an index of a disc (DICOMDIR). Raises
         `SeriesError`."""
         try:
-            dataset = _header(head)
+            file = io.BytesIO(head)
+            dataset = _header(head, file)
             if dataset is None:
                 return None
             return cls(
@@ -118,6 +124,7 @@ class Instance:
                 rows=int(dataset.Rows),
                 columns=int(dataset.Columns),
                 planes=tuple(_planes(dataset)),
+                header_bytes=file.tell(),
             )
         except SeriesError:
             raise
@@ -219,8 +226,8 @@ def _finite(affine: npt.NDArray[np.float64], plane: Plane) -> None:
         raise SeriesError("bad-affine", "the slices' places are not finite numbers", AGAIN)
 
 
-def _header(head: bytes) -> Any:
-    """The dataset of a file that holds MR; None for a DICOMDIR."""
+def _header(head: bytes, file: io.BytesIO) -> Any:
+    """The dataset of a file that holds MR, read from `file`, which is `head`, up to its pixels; None for a DICOMDIR."""
     pydicom = quiet_pydicom()
     if head[128:132] != b"DICM":
         raise SeriesError("not-dicom", "it holds a file that is not DICOM", ONE_SERIES)
@@ -232,7 +239,9 @@ def _header(head: bytes) -> Any:
         raise SeriesError(
             "bad-data-type", "its images are encoded in a way that is not read", "Export them uncompressed."
         )
-    dataset = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, specific_tags=TAGS)
+    if head.count(ITEM) > MOST_ITEMS:
+        raise SeriesError("bad-header", "a DICOM header has too many parts", AGAIN)
+    dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
     if str(dataset.SOPClassUID) not in {MR, ENHANCED_MR}:
         raise SeriesError("not-mr-image", "it holds DICOM that is no MR image, such as a report or another scan's kind")
     if int(dataset.SamplesPerPixel) != 1 or dataset.PhotometricInterpretation != "MONOCHROME2":
@@ -298,10 +307,10 @@ def _digest(text: str) -> str:
 
 @cache
 def quiet_pydicom() -> ModuleType:
-    """pydicom, imported here for the first time: it takes a tenth of a second, and quotes headers in its complaints."""
+    """pydicom, imported where it is used, and told to keep its complaints to itself: they quote headers."""
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    warnings.filterwarnings("ignore", module=r"pydicom\..*")
+    warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b.*")
     logging.getLogger("pydicom").disabled = True
     return pydicom

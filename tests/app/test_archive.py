@@ -7,7 +7,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from dicom_scans import changed, dicom, lps, ras, series, zipped
+from dicom_scans import changed, dicom, enhanced, lps, ras, series, zipped
+from pydicom.dataset import Dataset
 from scans import head, scan
 from serving import serving
 
@@ -108,6 +109,9 @@ def test_bombs_and_lies(tmp_path, settings):
     deflated = changed(GOOD[0])
     deflated.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
     assert refusal(packed({"a": dicom(deflated)}), tmp_path, small) == "bad-data-type"
+    many = enhanced(DATA)
+    many.PerFrameFunctionalGroupsSequence = [Dataset() for _ in range(100_001)]
+    assert refusal(packed({"a": dicom(many)}), tmp_path, settings) == "bad-header"
     assert refusal(b"PK\5\6" + bytes(18), tmp_path, small) == "not-dicom"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from models.volume import Grid, Volume, VolumeError
 SCANNER = 1
 """NIfTI's code for the scanner's own coordinates."""
 ZIP = b"PK"
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
 def is_series(path: Path) -> bool:
@@ -111,11 +114,13 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if not (member.is_dir() or is_junk(member.filename)):
+                if not (is_junk(member.filename) or member.is_dir()):
                     yield member.filename, archive.read(member)
     except FileNotFoundError:
         raise VolumeError(f"{path} does not exist") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (OSError, *DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a place before the zip's beginning
+            raise
         raise VolumeError(
             "the zip is damaged, encrypted or packed by an unknown method: zip the folder anew"
         ) from error

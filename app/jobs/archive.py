@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import zipfile
 import zlib
@@ -60,7 +62,7 @@ def check_archive(sent: Path, limits: Settings) -> Series:
 def _heads(file: BinaryIO, limits: Settings) -> Iterator[bytes]:
     """The first bytes of each file. Each is read through, so that its check sum is looked at."""
     with zipfile.ZipFile(file) as archive:
-        members = [m for m in archive.infolist() if not (m.is_dir() or is_junk(m.filename))]
+        members = [m for m in archive.infolist() if not (is_junk(m.filename) or m.is_dir())]
         if len(members) > limits.max_archive_files:
             raise _too_many(limits)
         for member in members:
@@ -92,7 +94,15 @@ class _Bounded:
     def __init__(self, file: BinaryIO, files: int) -> None:
         self._file = file
         self._most = max(2 * CHUNK, files * ENTRY)
-        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+        self.tell, self.seekable, self.close = file.tell, file.seekable, file.close
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:
+            if error.errno == errno.EINVAL and whence == os.SEEK_SET:  # from the end, `zipfile` expects it
+                raise zipfile.BadZipFile("a file before the beginning") from None
+            raise
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(self._most + 1 if size < 0 else min(size, self._most + 1))

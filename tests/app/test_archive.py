@@ -104,6 +104,11 @@ def test_bombs_and_lies(tmp_path, settings):
     assert (
         refusal(packed({f"{n:0200}": b"" for n in range(9_000)}, zipfile.ZIP_STORED), tmp_path, small) == "corrupt-zip"
     ), "a long list"
+    for mark, at, value in ((b"PK\1\2", 28, 0), (b"PK\5\6", 16, 1 << 30)):
+        wrong = bytearray(packed({"a": dicom(GOOD[0])}))
+        place = wrong.rfind(mark) + at
+        wrong[place : place + 2 + 2 * (at == 16)] = value.to_bytes(2 + 2 * (at == 16), "little")
+        assert refusal(bytes(wrong), tmp_path, small) == "corrupt-zip", "no name, or a place before the zip"
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         assert refusal(packed({"a": dicom(GOOD[0])}, method), tmp_path, small) == "corrupt-zip"
     deflated = changed(GOOD[0])

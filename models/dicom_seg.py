@@ -106,5 +106,5 @@ def _dataset(segmentation: Segmentation, source: DicomSeries, card: Card) -> Any
         device_serial_number=card.weights_sha256[:16] or "unknown",
         content_label="SEGMENTATION",
         content_description=NOTICE,
-        series_description=f"{NAME} ({NOTICE[:44]})"[:64],
+        series_description=f"{NAME} (research use, not a medical device)",
     )

@@ -51,7 +51,7 @@ KINDS: dict[str, Kind] = {
     "invalid-request": Kind(_BAD, "The request is not valid"),
     # one image
     "empty-file": Kind(_BAD, "A file is empty"),
-    "not-nifti": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is not NIfTI"),
+    "not-nifti": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is neither NIfTI nor a zip"),
     "two-files": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is half of a .hdr/.img pair"),
     "corrupt-gzip": Kind(_BAD, "A file's gzip data are damaged"),
     "truncated": Kind(_BAD, "A file ends too early"),

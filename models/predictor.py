@@ -181,10 +181,11 @@ class Predictor:
     ) -> Segmentation:
         """Segment a patient from any non-empty subset of modalities.
 
-        `files` is keyed by modality name or alias; the mask comes back on the first one's grid, or on that of the
-        modality that `grid` names. `preprocess`: see `models.raw.prepare`. `on_progress(stage, fraction)` is called
-        along the way and may raise to stop; `on_volume(modality, volume)` sees each volume as it was given.
-        `probabilities`: whether the answer keeps the regions' (a few bytes per voxel of the brain). Raises `TaskError`
+        `files` is keyed by modality name or alias; each is NIfTI, or a folder or zip of one DICOM series. The mask
+        comes back on the first one's grid, or on that of the modality that `grid` names. `preprocess`: see
+        `models.raw.prepare`. `on_progress(stage, fraction)` is called along the way and may raise to stop;
+        `on_volume(modality, volume)` sees each volume as it was given. `probabilities`: whether the answer keeps the
+        regions' (a few bytes per voxel of the brain). Raises `TaskError`
         for modalities that are not the task's and `VolumeError`, naming the modality, for images that cannot be used.
         """
         report = on_progress or (lambda _stage, _fraction: None)
@@ -290,7 +291,9 @@ def _fitting(window: Sequence[int], checkpoint: Checkpoint) -> tuple[int, int, i
 
 
 def _load(name: str, path: Path) -> Volume:
+    from models.dicom import DicomSeries, is_series
+
     try:
-        return Volume.load(path)
+        return DicomSeries.open(path).volume() if is_series(path) else Volume.load(path)
     except VolumeError as error:
         raise VolumeError(f"{name}: {error}") from error.__cause__

@@ -32,13 +32,14 @@ class Results:
         self._blobs = blobs
         self._card = card
         self._facts: dict[str, Facts] = {}
-        self._reference = job.grid or job.given[0]
+        self._reference = job.reference.modality
         """Whose grid the mask is on."""
         self._backdrop: Backdrop | None = None
         self.warnings: list[str] = []
         """For the reader of the mask."""
         self.origin: Origin | None = None
         self.previewed = False
+        self.dicom_seg = False
         self.probability_regions: tuple[str, ...] = ()
 
     def look(self, modality: str, volume: Volume) -> None:
@@ -62,6 +63,12 @@ class Results:
         self.previewed = bool(_attempted("preview", lambda: self._preview(segmentation)))
         if not self.previewed:
             self.warnings += _unsaid("A preview")
+        if job.reference.is_dicom and not segmentation.empty:
+            self.dicom_seg = bool(_attempted("DICOM SEG", lambda: self._dicom_seg(segmentation)))
+            if not self.dicom_seg:
+                self.warnings += _unsaid("A DICOM SEG")
+        elif job.reference.is_dicom:
+            self.warnings.append("There is no DICOM SEG, since the mask is empty: the mask itself is there as NIfTI.")
         if job.probabilities:
             self.probability_regions = _attempted("probabilities", lambda: self._probabilities(segmentation)) or ()
             if not self.probability_regions:
@@ -74,6 +81,14 @@ class Results:
         if self._backdrop is None:
             return False
         save_preview(self._backdrop, segmentation, self._blobs.preview(self._job))
+        return True
+
+    def _dicom_seg(self, segmentation: Segmentation) -> bool:
+        from models.dicom import DicomSeries
+        from models.dicom_seg import save_dicom_seg  # highdicom takes a second, and most jobs have no DICOM
+
+        source = DicomSeries.open(self._blobs.inputs(self._job)[self._reference])
+        save_dicom_seg(segmentation, source, self._card, self._blobs.dicom_seg(self._job))
         return True
 
     def _probabilities(self, segmentation: Segmentation) -> tuple[str, ...]:

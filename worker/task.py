@@ -122,7 +122,7 @@ def _segment(job: Job, desk: Desk) -> None:
     progress = Progress(desk.jobs, job)
     weights, predictor = desk.checkpoints.get(job.model)
     files, mask = desk.blobs.inputs(job), desk.blobs.mask(job)
-    warnings: list[str] = []
+    warnings: list[str] = list(job.warnings)
     results = Results(job, desk.blobs, predictor.card)
 
     def segmented() -> Segmentation:
@@ -160,6 +160,7 @@ def _segment(job: Job, desk: Desk) -> None:
         warnings=[*warnings, *results.warnings],
         origin=results.origin,
         previewed=results.previewed,
+        dicom_seg=results.dicom_seg,
         probability_regions=results.probability_regions,
     )
     note(state=done.state)

@@ -19,9 +19,10 @@ _NAME = re.compile(rf"(?:{re.escape(INCOMING)})?(?P<job>{_ID})|{re.escape(DOOMED
 
 
 class BlobStore:
-    """`<root>/<job id>/input/<modality>.nii.gz` and `<root>/<job id>/output/mask-<run>.nii.gz`: each run has a mask of
-    its own, so that one which was thought dead cannot replace its successor's. Beside it, in the run's name too, lie
-    `preview-<run>.png` and `probability-<place among the regions>-<run>.nii.gz`.
+    """`<root>/<job id>/input/<modality>.nii.gz` (`.zip` for a DICOM series) and
+    `<root>/<job id>/output/mask-<run>.nii.gz`: each run has a mask of its own, so that one which was thought dead
+    cannot replace its successor's. Beside it, in the run's name too, lie `preview-<run>.png`, `dicom-seg-<run>.dcm` and
+    `probability-<place among the regions>-<run>.nii.gz`.
 
     A folder whose name starts with a dot is being filled or being deleted; one without is whole. Both changes are one
     rename, so a reader sees all of a job's files or none. Methods raise `OSError` as the file system does.
@@ -64,6 +65,10 @@ class BlobStore:
     def preview(self, job: Job) -> Path:
         """Where the picture of the run's mask is, or will be."""
         return self._output(job) / f"preview-{job.run}.png"
+
+    def dicom_seg(self, job: Job) -> Path:
+        """Where the run's mask as DICOM SEG is, or will be."""
+        return self._output(job) / f"dicom-seg-{job.run}.dcm"
 
     def probability(self, job: Job, place: int) -> Path:
         """Where the probabilities of a region are, or will be, by its place among the job's. The name of a region is

@@ -31,11 +31,20 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+NIFTI_NAME, DICOM_NAME = ".nii.gz", ".zip"
+"""What the names of files on the store end in: of a volume, of a DICOM series."""
+
+
 class InputFile(_Record):
     """One uploaded image: which modality it is and what it is called on the store (never what the sender called it)."""
 
     modality: str
     filename: str
+
+    @property
+    def is_dicom(self) -> bool:
+        """Whether it is a zip of a DICOM series rather than a NIfTI file."""
+        return self.filename.endswith(DICOM_NAME)
 
 
 FailureKind = Literal["images", "model", "time-limit", "worker-lost", "out-of-memory", "store-full", "internal"]
@@ -165,10 +174,12 @@ class Job(_Record):
     """Once succeeded. None then, too, if it could not be told."""
     previewed: bool = False
     """Whether there is a picture of the mask."""
+    dicom_seg: bool = False
+    """Whether the mask is there as DICOM SEG too."""
     probability_regions: tuple[str, ...] = ()
     """The regions whose probabilities are on the store, in the order of their files."""
     warnings: tuple[str, ...] = ()
-    """What its reader should know of the mask."""
+    """What its reader should know of the mask; until it has succeeded, of what was sent."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """How long each stage took, in the order in which they came."""
     error: Failure | None = None
@@ -179,3 +190,8 @@ class Job(_Record):
     def given(self) -> tuple[str, ...]:
         """Canonical names of the modalities that were sent, in the order given."""
         return tuple(item.modality for item in self.inputs)
+
+    @property
+    def reference(self) -> InputFile:
+        """The image on whose grid the mask lies."""
+        return next((item for item in self.inputs if item.modality == self.grid), self.inputs[0])

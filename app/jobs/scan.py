@@ -51,7 +51,11 @@ def magic(head: bytes) -> bool:
         return True
     if size_of(head) is not None:
         return False
-    raise ScanError("not-nifti", "this is neither a NIfTI file nor a gzip file", "Send a .nii or .nii.gz file.")
+    raise ScanError(
+        "not-nifti",
+        "this is neither a NIfTI file nor a gzip file",
+        "Send a .nii or .nii.gz file, or a .zip of one DICOM series.",
+    )
 
 
 def check(sent: Path, clean: Path, limits: Settings) -> Scan:

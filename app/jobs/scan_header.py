@@ -151,6 +151,32 @@ def _shape(header: Nifti1Header, limits: Settings) -> tuple[int, int, int]:
             f"the image is {text}, not one 3-D volume",
             "Send one volume per field: split a series, stack slices.",
         )
+    found = shape[0], shape[1], shape[2]
+    check_voxels(found, limits)
+    return found
+
+
+def _affine(header: Nifti1Header, limits: Settings) -> npt.NDArray[np.float64]:
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        header.get_qform(coded=True)  # used or not, the mask will carry it
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+        raise _bad_affine("the header's orientation cannot be read") from error
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise _bad_affine("the header's orientation (affine) has values that are not finite")
+    spacing = check_spacing(affine, limits)
+    # 1 for right angles, 0 for axes that fall into one plane. Real acquisitions are within a per cent of 1.
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1:
+        raise _bad_affine("the header's orientation (affine) squeezes the volume flat")
+    if np.abs(affine[:3, 3]).max() > 1e5:
+        raise _bad_affine("the header puts the volume more than 100 m away from the scanner's centre")
+    return affine
+
+
+def check_voxels(shape: tuple[int, int, int], limits: Settings) -> None:
+    """Raises `ScanError` for a volume that is too large or too small."""
     voxels = shape[0] * shape[1] * shape[2]
     text = " x ".join(map(str, shape))
     if voxels > limits.max_voxels:
@@ -165,20 +191,11 @@ def _shape(header: Nifti1Header, limits: Settings) -> tuple[int, int, int]:
             f"the volume is {text}; each axis must have {limits.min_axis} voxels or more",
             "Send the whole volume rather than a slice or a thin slab.",
         )
-    return shape[0], shape[1], shape[2]
 
 
-def _affine(header: Nifti1Header, limits: Settings) -> npt.NDArray[np.float64]:
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
-        header.get_qform(coded=True)  # used or not, the mask will carry it
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-    except (HeaderDataError, ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-        raise _bad_affine("the header's orientation cannot be read") from error
-    if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise _bad_affine("the header's orientation (affine) has values that are not finite")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+def check_spacing(affine: npt.NDArray[np.float64], limits: Settings) -> npt.NDArray[np.float64]:
+    """The edges of a voxel in mm. Raises `ScanError` for implausible ones."""
+    spacing: npt.NDArray[np.float64] = np.linalg.norm(affine[:3, :3], axis=0)
     if (spacing < limits.min_spacing).any() or (spacing > limits.max_spacing).any():
         text = " x ".join(f"{s:.4g}" for s in spacing)
         raise ScanError(
@@ -186,12 +203,7 @@ def _affine(header: Nifti1Header, limits: Settings) -> npt.NDArray[np.float64]:
             f"voxels are {text} mm; each edge must be {limits.min_spacing:g} to {limits.max_spacing:g} mm",
             "Correct the spacing in the header (is its unit mm?), or resample the volume.",
         )
-    # 1 for right angles, 0 for axes that fall into one plane. Real acquisitions are within a per cent of 1.
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1:
-        raise _bad_affine("the header's orientation (affine) squeezes the volume flat")
-    if np.abs(affine[:3, 3]).max() > 1e5:
-        raise _bad_affine("the header puts the volume more than 100 m away from the scanner's centre")
-    return affine
+    return spacing
 
 
 def _bad_affine(detail: str) -> ScanError:

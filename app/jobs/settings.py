@@ -96,6 +96,7 @@ class Settings(BaseSettings):
     max_file_bytes: Bytes = Field(default=256 * MiB, description="Bytes of one uploaded file, as sent.")
     max_request_bytes: Bytes = Field(default=GiB, description="Bytes of one request.")
     max_uncompressed_bytes: Bytes = Field(default=GiB, description="Bytes one file may decompress to.")
+    max_archive_files: int = Field(default=4096, ge=1, description="Files that one zip of a DICOM series may hold.")
     max_voxels: int = Field(default=1 << 26, gt=0, description="Voxels of one volume (2^26 is 512 x 512 x 256).")
     min_axis: int = Field(default=2, ge=1, description="Voxels that each axis must have at least.")
     min_spacing: float = Field(default=0.1, gt=0, description="Smallest voxel edge, mm.")

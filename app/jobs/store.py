@@ -209,6 +209,7 @@ class JobStore:
         warnings: Sequence[str] = (),
         origin: Origin | None = None,
         previewed: bool = False,
+        dicom_seg: bool = False,
         probability_regions: Sequence[str] = (),
     ) -> Job:
         """End a run with its result; its files must be on the store already. `seconds`: how long each stage took.
@@ -224,6 +225,7 @@ class JobStore:
             "warnings": tuple(warnings),
             "origin": origin,
             "previewed": previewed,
+            "dicom_seg": dicom_seg,
             "probability_regions": tuple(probability_regions),
         }
         return self._change_run(job, lambda j: j.model_copy(update=result))

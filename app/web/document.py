@@ -116,8 +116,9 @@ def _form(service: Service) -> dict[str, Any]:
         grid["enum"] = sorted({n for c in cards.values() for m in c.task.modalities for n in (m.name, *m.aliases)})
     return {
         "required": True,
-        "description": "One .nii or .nii.gz file per modality, any non-empty subset, each one 3-D volume. The mask is "
-        "on the grid of the first file, unless `grid` names another. Names of files are neither used nor kept.",
+        "description": "One .nii or .nii.gz file per modality, or a .zip of one DICOM series of MR images; any "
+        "non-empty subset, each one 3-D volume. The mask is on the "
+        "grid of the first file, unless `grid` names another. Names of files are neither used nor kept.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -133,7 +134,10 @@ def _form(service: Service) -> dict[str, Any]:
                     "anyOf": [{"required": [name]} for name in images] or [{}],
                     "additionalProperties": False,
                 },
-                "encoding": {name: {"contentType": "application/gzip, application/octet-stream"} for name in images},
+                "encoding": {
+                    name: {"contentType": "application/gzip, application/zip, application/octet-stream"}
+                    for name in images
+                },
             }
         },
     }

@@ -56,6 +56,7 @@ _UPLOAD_PROBLEMS = [
         "truncated",
     ),
     *("too-large-uncompressed", "bad-header", "bad-data-type", "bad-affine", "bad-spacing", "not-3d"),
+    *("corrupt-zip", "too-many-files", "not-dicom", "not-mr-image", "mixed-series", "bad-slices", "different-patients"),
     *("too-many-voxels", "too-few-voxels", "not-finite", "empty-image", "different-field-of-view", "store-full"),
     *("bad-idempotency-key", "idempotency-key-reused", "too-many-jobs", "queue-full", "unavailable", "broken-model"),
     *("too-slow", "invalid-request"),
@@ -73,7 +74,7 @@ _UPLOAD_PROBLEMS = [
             "headers": {"Location": {"description": "Its address.", "required": True, "schema": {"type": "string"}}},
             "links": {
                 name: {"operationId": name, "parameters": {"job_id": "$response.body#/id"}}
-                for name in ("job", "events", "mask", "report", "preview", "probabilities", "cancel")
+                for name in ("job", "events", "mask", "report", "preview", "dicom_seg", "probabilities", "cancel")
             },
         },
         **problems_of(*_UPLOAD_PROBLEMS),
@@ -162,6 +163,7 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
         label_values=accepted.label_values,
         expected=card.expectation(given),
         probabilities=accepted.probabilities,
+        warnings=accepted.warnings,
         owner=owner,
         fingerprint=accepted.fingerprint,
         idempotency=idempotency,

@@ -51,7 +51,7 @@ KINDS: dict[str, Kind] = {
     "invalid-request": Kind(_BAD, "The request is not valid"),
     # one image
     "empty-file": Kind(_BAD, "A file is empty"),
-    "not-nifti": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is not NIfTI"),
+    "not-nifti": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is neither NIfTI nor a zip"),
     "two-files": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A file is half of a .hdr/.img pair"),
     "corrupt-gzip": Kind(_BAD, "A file's gzip data are damaged"),
     "truncated": Kind(_BAD, "A file ends too early"),
@@ -65,7 +65,15 @@ KINDS: dict[str, Kind] = {
     "too-few-voxels": Kind(_BAD, "A volume has too few voxels"),
     "not-finite": Kind(_BAD, "A volume has values that are not finite"),
     "empty-image": Kind(_BAD, "A volume shows nothing"),
+    # one series in a zip
+    "corrupt-zip": Kind(_BAD, "A file's zip is damaged, or packed as none that is read"),
+    "too-many-files": Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "A zip holds too many files"),
+    "not-dicom": Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A zip holds something else than DICOM images"),
+    "not-mr-image": Kind(_BAD, "A zip holds DICOM that is no MR image to segment"),
+    "mixed-series": Kind(_BAD, "A zip holds more than one volume"),
+    "bad-slices": Kind(_BAD, "A series' slices make no volume"),
     # images together
+    "different-patients": Kind(_BAD, "The images are of different patients"),
     "different-field-of-view": Kind(_BAD, "The images do not show the same place"),
     # jobs
     "unknown-job": Kind(HTTPStatus.NOT_FOUND, "There is no such job"),
@@ -78,6 +86,7 @@ KINDS: dict[str, Kind] = {
     "no-mask": Kind(HTTPStatus.GONE, "The job has no mask and will not get one"),
     "no-report": Kind(HTTPStatus.GONE, "The job has no report and will not get one"),
     "no-preview": Kind(HTTPStatus.GONE, "The job has no preview and will not get one"),
+    "no-dicom-seg": Kind(HTTPStatus.GONE, "The job has no DICOM SEG and will not get one"),
     "no-probabilities": Kind(HTTPStatus.GONE, "The job has no probabilities and will not get them"),
     "unknown-region": Kind(HTTPStatus.NOT_FOUND, "The model has no such region"),
     # ours

@@ -39,6 +39,7 @@ EXAMPLE_JOB: dict[str, JsonValue] = {
         "mask": None,
         "report": None,
         "preview": None,
+        "dicom_seg": None,
         "probabilities": None,
         "model": "/models/glioma-phantom-rfnet",
     },
@@ -63,6 +64,10 @@ class JobLinks(BaseModel):
     mask: str | None = Field(description="Null until the job has succeeded.")
     report: str | None = Field(description="How the mask came about. Null until the job has succeeded.")
     preview: str | None = Field(description="A picture of the mask. Null until the job has succeeded.")
+    dicom_seg: str | None = Field(
+        description="The mask as DICOM SEG. Null until the job has succeeded, and if the image on whose grid the mask "
+        "lies was no DICOM series."
+    )
     probabilities: str | None = Field(description="Null until the job has succeeded, and if they were not asked for.")
     model: str
 
@@ -76,6 +81,7 @@ class JobLinks(BaseModel):
             mask=f"{here}/mask" if job.state is JobState.SUCCEEDED else None,
             report=f"{here}/report" if job.origin else None,
             preview=f"{here}/preview.png" if job.previewed else None,
+            dicom_seg=f"{here}/dicom-seg" if job.dicom_seg else None,
             probabilities=f"{here}/probabilities" if job.probability_regions else None,
             model=f"/models/{job.model}",
         )
@@ -133,7 +139,7 @@ class JobResource(BaseModel):
             weights_sha256=job.weights_sha256,
             modalities=Modalities(given=list(job.given), missing=list(job.missing)),
             preprocess=job.preprocess,
-            grid=job.grid or job.given[0],
+            grid=job.reference.modality,
             labels=list(job.labels),
             volumes_ml=job.volumes_ml,
             warnings=list(job.warnings),

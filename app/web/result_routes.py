@@ -19,7 +19,7 @@ from app.web.whole_file import WholeFile
 router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauthorized", "unavailable"), tags=["jobs"])
 
 Region = Annotated[str, Path(description="As /jobs/{job_id}/probabilities lists it.", examples=["WT"])]
-NIFTI_GZ, PNG = "application/gzip", "image/png"
+NIFTI_GZ, PNG, DICOM = "application/gzip", "image/png", "application/dicom"
 
 
 @router.get(
@@ -73,6 +73,32 @@ def preview(record: OwnJob, service: Here) -> WholeFile:
     if not record.previewed:
         raise Problem("no-preview", "none was made of this job", "Its warnings say why; open the mask in a viewer.")
     return _file(service.blobs.preview(record), "no-preview", PNG, None)
+
+
+@router.get(
+    "/jobs/{job_id}/dicom-seg",
+    response_class=WholeFile,
+    responses={
+        200: {
+            "description": "The mask as a DICOM SEG object (BINARY), one segment for each label that is in it, on the "
+            "slices of the DICOM series that it was made of. It names the patient and the study of that series.",
+            "content": {DICOM: {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **problems_of("unknown-job", "not-done", "no-dicom-seg", "unavailable"),
+    },
+)
+def dicom_seg(record: OwnJob, service: Here) -> WholeFile:
+    """The mask of a job that has succeeded as DICOM SEG, if the image on whose grid it lies was a DICOM series."""
+    _succeeded(record, "no-dicom-seg")
+    if not record.reference.is_dicom:
+        raise Problem(
+            "no-dicom-seg",
+            f"the mask lies on the grid of {record.reference.modality}, which was sent as NIfTI",
+            "Send that image as a zip of its DICOM series, or name one that is sent so with the field grid.",
+        )
+    if not record.dicom_seg:
+        raise Problem("no-dicom-seg", "none was made of this job", "Its warnings say why; the mask is there as NIfTI.")
+    return _file(service.blobs.dicom_seg(record), "no-dicom-seg", DICOM, f"{record.id}-mask.dcm")
 
 
 @router.get(

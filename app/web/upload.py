@@ -16,10 +16,12 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
 
+from app.jobs.archive import check_archive, is_zip
 from app.jobs.cards import CardError, LabelValueError, ModelCard
-from app.jobs.record import InputFile, Preprocess
+from app.jobs.record import DICOM_NAME, NIFTI_NAME, InputFile, Preprocess
 from app.jobs.scan import Scan, check, check_same_field_of_view, magic
 from app.jobs.scan_header import ScanError
+from app.jobs.series import Series
 from app.jobs.settings import Settings
 from app.web.multipart import Form, MalformedFormError, PartBegins, PartData, boundary
 from app.web.problems import Problem
@@ -43,7 +45,7 @@ BUFFER = 1 << 20
 """Bytes of one part in memory before they are written, and so of one upload."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Received:
     """One file as it lies on the store before anybody looked into it."""
 
@@ -51,6 +53,8 @@ class Received:
     path: Path
     sha256: HASH = dataclasses.field(default_factory=hashlib.sha256)
     """Of the bytes so far."""
+    zipped: bool = False
+    """By its first bytes."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Accepted:
     probabilities: bool
     label_values: dict[str, int]
     """By label: what the mask is to hold, whatever the card says."""
+    warnings: tuple[str, ...]
+    """Of what was sent, as sentences."""
     fingerprint: str
     """Hex SHA-256 of what was sent: equal for the same model, options and bytes as the same modalities in order."""
 
@@ -209,10 +215,16 @@ class _Upload:
         grid = self._grid(card, files)
         scans: list[tuple[str, Scan]] = []
         inputs: list[InputFile] = []
+        series: dict[str, Series] = {}
         for modality, received in files.items():
-            filename = f"{modality}.nii.gz"
-            scans.append((modality, await self._check(received, filename)))
+            filename = f"{modality}{DICOM_NAME if received.zipped else NIFTI_NAME}"
+            found = await self._check(received, filename)
+            if isinstance(found, Series):
+                series[received.field] = found
+                found = Scan(found.shape, found.affine)
+            scans.append((modality, found))
             inputs.append(InputFile(modality=modality, filename=filename))
+        warnings = _of_one_patient(series)
         astray = check_same_field_of_view(scans, self._limits.min_overlap)
         if astray is not None:
             first, other = files[inputs[0].modality].field, files[astray].field
@@ -225,12 +237,14 @@ class _Upload:
         options = [name, preprocess, grid, *([PROBABILITIES_FIELD] if probabilities else [])]
         options += [f"{label} {value}" for label, value in label_values.items()]
         fingerprint = _fingerprint(options, files)
-        return Accepted(name, card, tuple(inputs), preprocess, grid, probabilities, label_values, fingerprint)
+        chosen = (name, card, tuple(inputs), preprocess, grid, probabilities, label_values)
+        return Accepted(*chosen, warnings, fingerprint)
 
-    async def _check(self, received: Received, filename: str) -> Scan:
+    async def _check(self, received: Received, filename: str) -> Scan | Series:
         clean = self._folder / filename
         try:
-            return await run_sync(_exchange, received.path, clean, self._limits, limiter=self._service.checking)
+            look = _take if received.zipped else _exchange
+            return await run_sync(look, received.path, clean, self._limits, limiter=self._service.checking)
         except ScanError as error:
             raise _scan_problem(received.field, error) from error
 
@@ -320,8 +334,10 @@ class _Upload:
             return
         data = bytes(self._buffer)
         if self._size == len(data):  # the first bytes of the part
+            received.zipped = is_zip(data[:4])
             try:
-                magic(data[:4])
+                if not received.zipped:
+                    magic(data[:4])
             except ScanError as error:
                 raise _scan_problem(self._field, error) from error
         self._buffer.clear()
@@ -345,6 +361,35 @@ def _exchange(sent: Path, clean: Path, limits: Settings) -> Scan:
     scan = check(sent, clean, limits)
     sent.unlink()
     return scan
+
+
+def _take(sent: Path, kept: Path, limits: Settings) -> Series:
+    """Check a zip and give it its name; its files stay as they are. Raises `ScanError` and `OSError`."""
+    series = check_archive(sent, limits)
+    sent.rename(kept)
+    return series
+
+
+def _of_one_patient(series: Mapping[str, Series]) -> tuple[str, ...]:
+    """What is to be said of series, by field, that may not belong together. Raises `Problem` if they do not."""
+    of_patients: dict[str, str] = {}
+    for field, one in series.items():
+        if one.patient:
+            of_patients.setdefault(one.patient, field)
+    if len(of_patients) > 1:
+        first, other = map(_short, list(of_patients.values())[:2])
+        raise Problem(
+            "different-patients",
+            f"the DICOM headers of {first} and {other} name different patients",
+            "Send series of one patient.",
+            field=other,
+        )
+    if len({one.study for one in series.values()}) > 1:
+        return (
+            f"The DICOM series of {' and '.join(map(_short, series))} are of different studies: see that they show the "
+            "same state of the disease, and that the mask is right on each of them.",
+        )
+    return ()
 
 
 def _fingerprint(options: list[str], files: dict[str, Received]) -> str:

@@ -303,7 +303,7 @@ def test_the_openapi_document(api):
         for answer in operation["responses"].values()
         for link in answer.get("links", {}).values()
     }
-    results = {"mask", "report", "preview", "probabilities", "probability"}
+    results = {"mask", "report", "preview", "dicom_seg", "probabilities", "probability"}
     assert links == {"job", "events", "cancel", "model"} | results
     assert links <= {operation["operationId"] for path in document["paths"].values() for operation in path.values()}
 

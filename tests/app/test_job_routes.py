@@ -17,7 +17,7 @@ from app.jobs.record import MaskGrid, Origin
 from app.jobs.store import JobStore
 
 FLAIR, T2 = scan("flair"), scan("t2")
-RESULTS = ("report", "preview.png", "probabilities", "probabilities/WT")
+RESULTS = ("report", "preview.png", "dicom-seg", "probabilities", "probabilities/WT")
 ORIGIN = Origin(
     software={"torch": "2"},
     trained_with={"torch": "1"},
@@ -178,7 +178,7 @@ def test_what_there_is_beside_the_mask(settings, client):
 
 def test_what_there_is_not_beside_the_mask(settings, client):
     store = JobStore(client, settings)
-    gone = [(410, "no-report"), (410, "no-preview"), *[(410, "no-probabilities")] * 2]
+    gone = [(410, "no-report"), (410, "no-preview"), (410, "no-dicom-seg"), *[(410, "no-probabilities")] * 2]
     with serving(settings) as api:
         for asked in ("true", "false"):
             job = api.post("/segment", files={"flair": FLAIR}, data={"probabilities": asked}).json()
@@ -187,6 +187,7 @@ def test_what_there_is_not_beside_the_mask(settings, client):
             links = api.get(here).json()["links"]
             assert [links[name] for name in ("report", "preview", "probabilities")] == [None] * 3
             assert [kind(api.get(f"{here}/{result}")) for result in RESULTS] == gone
+            assert "flair, which was sent as NIfTI" in api.get(f"{here}/dicom-seg").json()["detail"]
             remedy = api.get(f"{here}/probabilities").json()["remedy"]
             assert ("probabilities=true" in remedy) == (asked == "false")
         here = post(api).json()["links"]["self"]

@@ -47,7 +47,7 @@ FILES = {
     "text": ([("flair", b"these are no voxels")], 415, "not-nifti", "flair"),
     "a picture": ([("t1", b"\x89PNG\r\n\x1a\n" + bytes(500))], 415, "not-nifti", "t1"),
     "a DICOM file": ([("t1", bytes(128) + b"DICM" + bytes(500))], 415, "not-nifti", "t1"),
-    "a zip file": ([("t1", zipped())], 415, "not-nifti", "t1"),
+    "a zip file": ([("t1", zipped())], 415, "not-dicom", "t1"),
     "three bytes": ([("t1", NII[:3])], 415, "not-nifti", "t1"),
     "a header alone": ([("t1", NII[:348])], 422, "truncated", "t1"),
     "gzip in gzip": ([("t1", gzip.compress(GOOD))], 415, "not-nifti", "t1"),

@@ -4,9 +4,11 @@ import gzip
 import io
 import shutil
 
+import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_scans import PATIENT, lps, ras, series, zipped
 from PIL import Image
 from raw_scans import moved, patient
 from scans import SMALL, head, image, nifti_gz, read
@@ -14,8 +16,8 @@ from scans import SMALL, head, image, nifti_gz, read
 from models.volume import save_image
 
 
-def scanned():
-    scan = image(head("flair", SMALL))
+def scanned(**of):
+    scan = image(head("flair", SMALL), **of)
     scan.header["descrip"] = b"DOE^JANE"
     scan.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"DOE^JANE"))
     return nifti_gz(scan)
@@ -80,3 +82,22 @@ def test_raw_scans_are_registered_on_the_way(stack, small, tmp_path):
     assert np.asarray(mask.dataobj).any()
     left_alone, _ = stack.mask(files, model=small, preprocess="none")
     assert not np.array_equal(np.asarray(read(left_alone).dataobj), np.asarray(mask.dataobj))
+
+
+def test_a_dicom_series_gives_a_dicom_seg(stack):
+    affine = lps(spacing=(1.0, 1.0, 1.0))
+    data = head("flair", SMALL).astype(np.uint16)
+    content, job = stack.mask({"flair": zipped(series(data, affine)), "t2": scanned(affine=ras(affine))})
+    mask = read(content)
+    np.testing.assert_allclose(mask.affine, ras(affine), atol=1e-4)
+    answer = stack.http.get(job["links"]["dicom_seg"])
+    assert answer.headers["content-type"] == "application/dicom"
+    assert f"{job['id']}-mask.dcm" in answer.headers["content-disposition"]
+    seg = hd.seg.segread(io.BytesIO(answer.content))
+    voxels = sum(int((seg.get_volume(segment_numbers=[n]).array > 0).sum()) for n in seg.segment_numbers)
+    assert voxels == np.count_nonzero(np.asarray(mask.dataobj)) > 0
+    assert seg.PatientName == PATIENT
+    shown = (stack.http.get(job["links"][name]).content for name in ("self", "report", "preview"))
+    assert all(b"DOE" not in answer for answer in (gzip.decompress(content), *shown))
+    log = (stack.store.parent / "log").read_text()
+    assert "DOE" not in log

@@ -4,9 +4,12 @@ import csv
 import json
 import shutil
 
+import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_scans import dicom, lps, ras, series, zipped
+from scans import head
 from typer.testing import CliRunner
 
 from app.jobs.cards import ModelShelf
@@ -65,6 +68,33 @@ def test_evaluate_scores_every_subset_as_predict_would(checkpoint, small_phantom
         assert float(row["truth_ml"]) == pytest.approx((truth > 0).sum() * 0.216, rel=1e-5)
         score = next(s for s in card["scores"]["subsets"] if s["modalities"] == list(subset))
         assert score["dice"]["WT"] == pytest.approx(want, abs=1e-4)
+
+
+def test_predict_takes_dicom_series_and_writes_dicom_seg(checkpoint, tmp_path):
+    affine, data = lps(spacing=(6.0, 6.0, 6.0)), head("flair", (24, 22, 20)).astype(np.uint16)
+    folder, file = tmp_path / "flair", tmp_path / "t2.zip"
+    folder.mkdir()
+    for k, dataset in enumerate(series(data, affine)):
+        (folder / str(k)).write_bytes(dicom(dataset))
+    file.write_bytes(zipped(series(data, affine, name="t2")))
+    out, seg_file = tmp_path / "mask.nii.gz", tmp_path / "mask.dcm"
+    scans = ("--flair", folder, "--t2", file, "-o", out, "--device", "cpu")
+    result = run("predict", checkpoint, *scans, "--dicom-seg", seg_file)
+    assert result.exit_code == 0, result.output
+    mask = nib.load(out)
+    np.testing.assert_allclose(mask.affine, ras(affine), atol=1e-4)
+    seg = hd.seg.segread(seg_file)
+    voxels = sum(int((seg.get_volume(segment_numbers=[n]).array > 0).sum()) for n in seg.segment_numbers)
+    assert voxels == np.count_nonzero(np.asarray(mask.dataobj)) > 0
+
+    file.write_bytes(zipped(series(data, affine, name="t2", patient="5")))
+    out.unlink()
+    for options, message in (((), "of 2 patients"), (("--dicom-seg", tmp_path / "mask.nii"), "in .dcm")):
+        result = run("predict", checkpoint, *scans, *options)
+        assert isinstance(result.exception, UserError)
+        assert message in str(result.exception)
+        assert "DOE" not in str(result.exception)
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("options", [("--no-card",), ("--overlap", 0.25), ("--window", 24)])

@@ -5,9 +5,11 @@ import hashlib
 import io
 import shutil
 
+import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_scans import lps, ras, series, zipped
 from nibabel.eulerangles import euler2mat
 from PIL import Image
 from scans import SMALL, head, image, nifti_gz, read
@@ -55,14 +57,15 @@ def scanned(affine=None, modality="t2"):
     return nifti_gz(scan)
 
 
-def add(desk, probabilities=True, **files):
+def add(desk, probabilities=True, grid="", **files):
     job_id = new_id()
     folder = desk.blobs.incoming(job_id)
+    names = {name: f"{name}.zip" if data.startswith(b"PK") else f"{name}.nii.gz" for name, data in files.items()}
     for name, data in files.items():
-        (folder / f"{name}.nii.gz").write_bytes(data)
+        (folder / names[name]).write_bytes(data)
     desk.blobs.accept(job_id)
-    inputs = tuple(InputFile(modality=n, filename=f"{n}.nii.gz") for n in files)
-    job = Job(id=job_id, model="tiny", inputs=inputs, probabilities=probabilities)
+    inputs = tuple(InputFile(modality=n, filename=filename) for n, filename in names.items())
+    job = Job(id=job_id, model="tiny", inputs=inputs, probabilities=probabilities, grid=grid)
     desk.jobs.create(job)
     return job
 
@@ -200,3 +203,49 @@ def test_a_run_that_came_to_nothing_leaves_none_of_its_files_and_all_of_the_othe
 def test_coarse_images_and_unmeasured_modalities_are_said_in_the_record(desk):
     job = done(desk, probabilities=False, t2=scanned(np.diag([1.0, 1.0, 2.5, 1.0])))
     assert [text.split(" ", 3)[:3] for text in job.warnings] == [["t2", "has", "voxels"], ["How", "well", "the"]]
+
+
+def sent_as_dicom():
+    """A series at the model's own spacing, oblique, and a NIfTI scan of the same grid."""
+    affine = lps(spacing=(1.0, 1.0, 1.0))
+    flair, t2 = (head(name, SMALL).astype(np.uint16) for name in ("flair", "t2"))
+    return zipped(series(flair, affine)[::-1]), nifti_gz(image(t2, ras(affine)))
+
+
+def test_a_mask_on_a_dicom_series_grid_comes_as_dicom_seg_too(desk):
+    """The two are the same voxel for voxel, in the patient's space."""
+    flair, t2 = sent_as_dicom()
+    job = done(desk, probabilities=False, t2=t2, flair=flair, grid="flair")
+    assert job.dicom_seg
+    mask = read(desk.blobs.mask(job).read_bytes())
+    values = np.asarray(mask.dataobj)
+    assert values.any()
+    np.testing.assert_allclose(mask.affine, ras(lps(spacing=(1.0, 1.0, 1.0))), atol=1e-4)
+    assert b"DOE" not in gzip.decompress(desk.blobs.mask(job).read_bytes())
+    seg = hd.seg.segread(desk.blobs.dicom_seg(job))
+    names = {label.name: label.value for label in Checkpoint.load(desk.settings.models / "tiny").card.task.labels}
+    labels = [names[seg.get_segment_description(n).SegmentLabel] for n in seg.segment_numbers]
+    assert labels == sorted(set(np.unique(values).tolist()) - {0})
+    volume = seg.get_volume(combine_segments=True)
+    places = np.argwhere(volume.array)
+    voxels = np.c_[places, np.ones(len(places))] @ ras(volume.affine).T @ np.linalg.inv(mask.affine).T
+    found = np.zeros_like(values)
+    found[tuple(np.rint(voxels[:, :3]).astype(int).T)] = np.take([0, *labels], volume.array[tuple(places.T)])
+    np.testing.assert_array_equal(found, values)
+
+
+def test_a_dicom_seg_that_cannot_be_made_is_left_out_and_said(desk, monkeypatch):
+    flair, t2 = sent_as_dicom()
+
+    def broken(*_):
+        raise ZeroDivisionError("DOE^JANE")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("models.dicom_seg.save_dicom_seg", broken)
+        job = done(desk, probabilities=False, flair=flair)
+    assert not job.dicom_seg
+    assert any(text.startswith("A DICOM SEG could not be made") for text in job.warnings)
+    assert read(desk.blobs.mask(job).read_bytes()).shape == SMALL
+    job = done(desk, probabilities=False, t2=t2, flair=flair)
+    assert not job.dicom_seg, "the mask lies on a NIfTI file's grid"
+    assert not any("DICOM" in text for text in job.warnings)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from training.commands.dicom import SegFile, check_seg_path
 from training.commands.windows import Window, window_size
 from training.errors import UserError
 
@@ -42,7 +43,12 @@ def _remember(context: typer.Context, parameter: typer.CallbackParam, value: Any
 
 
 Scan = Annotated[
-    Path | None, typer.Option(help="A NIfTI scan of this modality.", show_default=False, callback=_remember)
+    Path | None,
+    typer.Option(
+        help="A scan of this modality: NIfTI, or a folder or zip of one DICOM series.",
+        show_default=False,
+        callback=_remember,
+    ),
 ]
 
 
@@ -103,6 +109,13 @@ def predict(
         str | None,
         typer.Option(help="Modality on whose grid the mask is to lie.  [default: the first given]", show_default=False),
     ] = None,
+    dicom_seg: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the mask as DICOM SEG, .dcm, if the scan on whose grid it lies is a DICOM series.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Segment a patient from whatever scans there are; the mask lies on the grid of the first one given.
 
@@ -119,9 +132,8 @@ def predict(
     from training.device import choose_device
 
     files: dict[str, Path] = context.meta.get(GIVEN, {})
-    _check(files, folder, output, batch)
-    share, mode = _share(fast, overlap), _mode(raw, preprocess)
-    size = window_size(window)
+    _check(files, folder, output, batch, dicom_seg)
+    share, mode, size = _share(fast, overlap), _mode(raw, preprocess), window_size(window)
     console = Console(stderr=True)
     try:
         card = load_card(checkpoint)
@@ -155,11 +167,13 @@ def predict(
         same = next((name for name, file in files.items() if file.resolve() == output.resolve()), None)
         if same is not None:
             raise UserError(f"{output} is the scan of {same}: give the mask another name")
+        seg_file = SegFile.planned(dicom_seg, files, card.task, grid)
         segment = load()
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("loading", total=1.0)
             result = segment(files, lambda stage, fraction: progress.update(bar, description=stage, completed=fraction))
         result.save(output)
+        no_seg = seg_file.save(result, card) if seg_file else ()
     except (CheckpointError, FolderError, OptionError, TaskError, VolumeError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -167,7 +181,7 @@ def predict(
     volumes = ", ".join(f"{name} {ml:.2f} mL" for name, ml in result.volumes_ml.items())
     held = "".join(f"; {name} is {value}" for name, value in values.items())
     print(f"{output}: {volumes}{held} (research software, not a medical device)")
-    for warning in result.warnings:
+    for warning in (*result.warnings, *no_seg):
         console.print(f"[bold yellow]warning:[/] {escape(warning)}")
     if result.empty:
         console.print("[bold yellow]the mask is empty:[/] the model found nothing in these scans")
@@ -206,8 +220,9 @@ def _mode(raw: bool, preprocess: str | None) -> str:
     return RAW if raw else preprocess or AUTO
 
 
-def _check(files: dict[str, Path], folder: Path | None, output: Path, batch: bool) -> None:
+def _check(files: dict[str, Path], folder: Path | None, output: Path, batch: bool, dicom_seg: Path | None) -> None:
     """Raises `UserError` for what does not go together."""
+    check_seg_path(dicom_seg, batch)
     if folder is not None and files:
         raise UserError(f"{folder} and --{next(iter(files))}: give a folder or scans, not both")
     if batch and folder is None:

@@ -33,9 +33,9 @@ def patients(tmp_path):
         "A/A-t1n.nii.gz": scan("t1", SMALL),
         "A/A-t2f.nii.gz": scan("flair", SMALL),
         "A/A-seg.nii.gz": scan("t1", SMALL),
-        "B/ses-1/anat/sub-B_ses-1_T2w.nii.gz": LONG,
-        "C/C_flair.nii.gz": b"no scan",
+                "C/C_flair.nii.gz": b"no scan",
         "D/notes.nii.gz": b"",
+        "E/ses-1/anat/sub-E_ses-1_T2w.nii.gz": LONG,
     }
     for name, data in files.items():
         path = tmp_path / "patients" / name
@@ -56,10 +56,11 @@ def rows(out):
 def test_a_batch_is_stopped_and_taken_up_again(stack, patients, tmp_path):
     out = tmp_path / "out"
     batch = ("--batch", patients, "-o", out, "--et-value", 4, "--save", "report", "--save", "preview")
-    process = subprocess.Popen(command(stack, *batch), stderr=subprocess.PIPE, text=True)
+    one_by_one = command(stack, *batch, "--at-once", 1)  # so that only the last is on its way
+    process = subprocess.Popen(one_by_one, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 60
-        while rows(out).get("A", {}).get("state") != "done" or not rows(out).get("B_ses-1", {}).get("job"):
+        while not rows(out).get("E_ses-1", {}).get("job"):
             assert process.poll() is None
             assert time.monotonic() < end, rows(out)
             time.sleep(0.05)
@@ -72,7 +73,8 @@ def test_a_batch_is_stopped_and_taken_up_again(stack, patients, tmp_path):
     assert "A: t1: A-t1n.nii.gz" in said
     assert "A: not taken: A-seg.nii.gz (labels, no scan)" in said
     first = rows(out)
-    sent = first["B_ses-1"]
+    assert first["C"]["state"] == "failed"
+    sent = first["E_ses-1"]
     assert sent["state"] == "sent"
     assert stack.http.get(sent["job"]).json()["state"] in ("queued", "running", "succeeded")
     assert stack.http.get(first["A"]["job"]).status_code == 404, "what is done is left at the service"
@@ -84,11 +86,11 @@ def test_a_batch_is_stopped_and_taken_up_again(stack, patients, tmp_path):
     assert "3 of 4 patients done" in again.stdout
     now = rows(out)
     assert now["A"] == first["A"]
-    assert (now["B_ses-1"]["state"], now["B_ses-1"]["job"]) == ("done", sent["job"]), "it was sent a second time"
+    assert (now["E_ses-1"]["state"], now["E_ses-1"]["job"]) == ("done", sent["job"]), "it was sent a second time"
     assert [now[name]["state"] for name in "CD"] == ["done", "failed"]
     assert "no scan found by name" in now["D"]["error"]
     assert set(os.listdir(out)) == {"report.json", "report.csv"} | {
-        f"{name}{ending}" for name in ("A", "B_ses-1", "C") for ending in (".nii.gz", "-report.json", "-preview.png")
+        f"{name}{ending}" for name in ("A", "E_ses-1", "C") for ending in (".nii.gz", "-report.json", "-preview.png")
     }
     mask, job = stack.mask({"flair": scan("flair", SMALL), "t1": scan("t1", SMALL)}, et_value="4")
     assert (out / "A.nii.gz").read_bytes() == mask

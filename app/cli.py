@@ -136,6 +136,13 @@ def segment(
     et_value: Annotated[
         int | None, typer.Option(help="What the mask holds for enhancing tumour: 3 or 4.", show_default=False)
     ] = None,
+    priority: Annotated[
+        str | None,
+        typer.Option(
+            help="interactive, or batch, which waits behind the others.  [default: batch with --batch]",
+            show_default=False,
+        ),
+    ] = None,
     save: Annotated[
         list[Result] | None, typer.Option(help="What to write beside the mask; may be repeated.", show_default=False)
     ] = None,
@@ -159,7 +166,7 @@ def segment(
     from app.progress import JobProgress
 
     results = list(dict.fromkeys(save or []))
-    form = {"model": model, "preprocess": preprocess, "grid": grid, "et_value": et_value}
+    form = {"model": model, "preprocess": preprocess, "grid": grid, "et_value": et_value, "priority": priority}
     form |= {"probabilities": "true" if Result.PROBABILITIES in results else None}
     words = {field: str(word) for field, word in form.items() if word is not None}
 

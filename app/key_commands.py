@@ -34,6 +34,7 @@ Store = Annotated[
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is, or what for; for the list alone.")],
     days: Annotated[float | None, typer.Option(help="Days until it expires; else it does not.", min=0.001)] = None,
+    batch: Annotated[bool, typer.Option("--batch", help="Its jobs wait behind all others, for some time.")] = False,
     store: Store = None,
 ) -> None:
     """Make a key and print it, this once, alone on standard output."""
@@ -41,7 +42,7 @@ def create(
 
     with _keys(store) as kept:
         try:
-            _, text = kept.create(name, days)
+            _, text = kept.create(name, days, batch)
         except ValidationError:
             give_up("a key's name has 1 to 64 characters, none of them a control character", REFUSED)
         except OverflowError:
@@ -54,7 +55,7 @@ def create(
 def list_keys(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False, store: Store = None
 ) -> None:
-    """List the keys: id, name, when made, until when, state."""
+    """List the keys: id, name, when made, until when, for which jobs, state."""
     with _keys(store) as kept:
         found = kept.all()
     if as_json:
@@ -65,9 +66,11 @@ def list_keys(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("id", "name", "created", "expires", "state")
+    table = Table("id", "name", "created", "expires", "jobs", "state")
     for key in found:
-        table.add_row(key.id, Text(key.name), _day(key.created), _day(key.expires), key.state)
+        table.add_row(
+            key.id, Text(key.name), _day(key.created), _day(key.expires), "batch" if key.batch else "any", key.state
+        )
     Console().print(table)
 
 

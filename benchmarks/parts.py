@@ -93,9 +93,10 @@ class Parts:
         except httpx.HTTPError:
             return False
 
-    def start_worker(self) -> subprocess.Popen[bytes]:
-        """Returns at once; `ready` waits."""
-        worker = self._start(worker_command(), worker_environment(self._environment()))
+    def start_worker(self, **settings: object) -> subprocess.Popen[bytes]:
+        """Returns at once; `ready` waits. `settings`: in which it differs from the others."""
+        own = self.settings.model_copy(update=settings)
+        worker = self._start(worker_command(), worker_environment(self._environment(own)))
         self.workers.append(worker)
         return worker
 
@@ -124,10 +125,11 @@ class Parts:
         """A worker's (first) pool process."""
         return psutil.Process(worker.pid).children()[0]
 
-    def post(self, files: dict[str, bytes], **headers: str) -> httpx.Response:
-        """POST /segment; `files` by modality."""
+    def post(self, files: dict[str, bytes], form: dict[str, str] | None = None, **headers: str) -> httpx.Response:
+        """POST /segment; `files` by modality, `form`: its words."""
         parts = [(name, ("upload", data)) for name, data in files.items()]
-        return self.http.post("/segment", files=parts, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        named = {k.replace("_", "-"): v for k, v in headers.items()}
+        return self.http.post("/segment", files=parts, data=form, headers=named)
 
     def job(self, job: dict) -> dict:
         """As it is now."""
@@ -151,9 +153,9 @@ class Parts:
         """What all of them have said."""
         return (self._folder / "log").read_text()
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, settings: Settings | None = None) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PASSION_") and k != "REDIS_URL"}
-        return {"OMP_NUM_THREADS": "1"} | inherited | self.settings.environment()
+        return {"OMP_NUM_THREADS": "1"} | inherited | (settings or self.settings).environment()
 
     def _start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

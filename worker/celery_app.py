@@ -6,6 +6,7 @@ What each setting is for stands in `app.jobs.queue`.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -13,16 +14,19 @@ from celery import bootsteps, signals
 from redis import RedisError
 
 from app.jobs.connection import connect
+from app.jobs.lines import BEFORE
 from app.jobs.logs import configure, where
 from app.jobs.presence import INTERVAL, Consumer, Presence
-from app.jobs.queue import QUEUE, celery_app
+from app.jobs.queue import celery_app
 from app.jobs.reaper import Reaper
 from app.jobs.settings import Settings
 from worker.checkpoints import pick_device
+from worker.serving import queues
 
 settings = Settings()
 app = celery_app(settings)
 app.conf.include = ["worker.task"]
+app.conf.task_queues = {name: {"exchange": name, "routing_key": name} for name in (BEFORE, *queues(settings))}
 log = structlog.get_logger("worker")
 
 
@@ -42,7 +46,7 @@ class Consuming(bootsteps.StartStopStep):
         client = connect(settings)
         self._presence = Presence(client)
         self._reaper = Reaper(client, settings)
-        self._me = Consumer(consumer.hostname, settings.concurrency)
+        self._me = Consumer(consumer.hostname, settings.concurrency, tuple(queues(settings)))
         self._timers: list[Any] = []
 
     def start(self, consumer: Any) -> None:
@@ -67,8 +71,12 @@ class Consuming(bootsteps.StartStopStep):
 
     def _renew(self, consumer: Any) -> None:
         tasks = consumer.task_consumer
-        if tasks is None or not tasks.consuming_from(QUEUE):
+        if tasks is None or not tasks.consuming_from(BEFORE):
             return
+        self._me = replace(self._me, queues=tuple(queues(settings)))
+        for name in self._me.queues:
+            if not tasks.consuming_from(name):  # of a model that has come since
+                consumer.add_task_queue(name, exchange=name, routing_key=name)
         try:
             self._presence.renew(self._me)
         except RedisError:

@@ -6,15 +6,16 @@ from typing import cast
 
 import redis
 
-from app.jobs.names import SEQUENCE, WAITING, idempotency_key, job_key, open_key, owned_key
+from app.jobs.lines import Line
+from app.jobs.names import LATER, SEQUENCE, WAITING, idempotency_key, job_key, line_key, open_key, owned_key
 from app.jobs.record import Job
 from app.jobs.settings import Settings
 from app.jobs.tally import ACCEPTED, COUNTS
 
 # A script, because fifty uploads that end at once would make each other's transactions fail again and again.
 _ADMIT = """
-local record, owned, open, sequence, waiting, known, counts = unpack(KEYS)
-local id, json, most_waiting, most_open, idempotent, fingerprint, accepted = unpack(ARGV)
+local record, owned, open, sequence, waiting, known, counts, line = unpack(KEYS)
+local id, json, most_waiting, most_open, idempotent, fingerprint, accepted, later = unpack(ARGV)
 if idempotent == '1' then
   local job = redis.call('HGET', known, 'job')
   if job then
@@ -25,7 +26,8 @@ if redis.call('ZCARD', waiting) >= tonumber(most_waiting) then return {'full', '
 if tonumber(most_open) > 0 and redis.call('SCARD', open) >= tonumber(most_open) then return {'many', ''} end
 local place = redis.call('INCR', sequence)
 redis.call('SET', record, json)
-redis.call('ZADD', waiting, place, id)
+redis.call('ZADD', waiting, place + later, id)
+redis.call('ZADD', line, place + later, id)
 redis.call('ZADD', owned, place, id)
 redis.call('SADD', open, id)
 redis.call('HINCRBY', counts, accepted, 1)
@@ -69,7 +71,7 @@ class Admission:
         Raises `QueueFullError`, `TooManyJobsError`, `KeyReusedError`."""
         keys = [
             *(job_key(job.id), owned_key(job.owner), open_key(job.owner), SEQUENCE, WAITING),
-            *(idempotency_key(job.owner, job.idempotency), COUNTS),
+            *(idempotency_key(job.owner, job.idempotency), COUNTS, line_key(Line.of(job).queue)),
         ]
         limits = [self._most_waiting, self._most_open if job.owner else 0]
         args: list[str | int] = [
@@ -79,6 +81,7 @@ class Admission:
             int(bool(job.idempotency)),
             job.fingerprint,
             ACCEPTED,
+            LATER if job.priority == "batch" else 0,
         ]
         answer, job_id = cast("tuple[str, str]", self._admit(keys=keys, args=args))
         if answer == "full":

@@ -37,6 +37,8 @@ class ApiKey(BaseModel):
     created: datetime
     expires: datetime | None = None
     revoked: datetime | None = None
+    batch: bool = False
+    """Whether its jobs have priority batch, whatever they ask for."""
     sha256: str
 
     @property
@@ -59,13 +61,16 @@ class KeyStore:
     def __init__(self, client: redis.Redis) -> None:
         self._redis = client
 
-    def create(self, name: str, days: float | None = None) -> tuple[ApiKey, str]:
-        """A new key's record, and the key: nobody can read it again. `days` until it expires, else it does not."""
+    def create(self, name: str, days: float | None = None, batch: bool = False) -> tuple[ApiKey, str]:
+        """A new key's record, and the key: nobody can read it again. `days` until it expires, else it does not.
+        `batch`: for jobs of that priority alone."""
         created = now()
         expires = None if days is None else created + timedelta(days=days)
         secret = secrets.token_urlsafe(32)
         while True:
-            key = ApiKey(id=secrets.token_hex(4), name=name, created=created, expires=expires, sha256=_hash(secret))
+            key = ApiKey(
+                id=secrets.token_hex(4), name=name, created=created, expires=expires, batch=batch, sha256=_hash(secret)
+            )
             if self._redis.hsetnx(KEYS, key.id, key.model_dump_json()):
                 return key, f"passion_{key.id}_{secret}"
 
@@ -92,6 +97,11 @@ class KeyStore:
         # Compared also where there is nothing to compare with, so that the time says nothing of which ids exist.
         same = hmac.compare_digest(key.sha256 if key else _NOBODYS, _hash(form[2]))
         return key if key and same and key.state == "active" else None
+
+    def is_batch(self, key_id: str) -> bool:
+        """Whether a key is for jobs of priority batch alone."""
+        key = self._get(key_id) if key_id else None
+        return key is not None and key.batch
 
     def _get(self, key_id: str) -> ApiKey | None:
         raw = cast("str | None", self._redis.hget(KEYS, key_id))

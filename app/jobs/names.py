@@ -6,7 +6,10 @@ SEQUENCE = "passion:sequence"
 """Counter: the order in which jobs were accepted."""
 
 WAITING = "passion:waiting"
-"""Sorted set of the queued jobs by order of arrival: Celery's own list holds messages, which may be lost or doubled."""
+"""Sorted set of the queued jobs by order of arrival, those of priority batch `LATER`: Celery's own lists hold messages,
+which may be lost or doubled."""
+LATER = 10**12
+"""More than there ever will be jobs, and little enough to be added to one's number exactly."""
 
 ENDED = "passion:ended"
 """Sorted set of the jobs that are over, by the time (seconds, Redis's clock) at which they are to be removed."""
@@ -16,6 +19,15 @@ MISSING = "passion:missing"
 
 TAKEN = "passion:taken"
 """When (seconds, Redis's clock) a worker took a job last."""
+
+
+UNSERVED = "passion:unserved"
+"""Sorted set of the queued jobs that no worker serves, by the time at which that was seen first."""
+
+
+def line_key(queue: str) -> str:
+    """Sorted set of the jobs that wait in a line, as `WAITING`."""
+    return f"passion:line:{queue}"
 
 
 def job_key(job_id: str) -> str:

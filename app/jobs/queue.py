@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import redis
 
+from app.jobs.lines import BEFORE, SEPARATOR, STEPS, Line, lists
+from app.jobs.record import Job
 from app.jobs.settings import Settings
 
 if TYPE_CHECKING:
     from celery import Celery
 
-QUEUE = "passion"
 TASK = "passion.segment"
 
 
@@ -42,9 +44,9 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
         # JSON only. A message is one job id; pickle would let whoever can write to Redis run code in the worker.
         "task_serializer": "json",
         "accept_content": ["json"],
-        "task_default_queue": QUEUE,
-        "task_create_missing_queues": False,
-        "task_queues": {QUEUE: {"exchange": QUEUE, "routing_key": QUEUE}},
+        # A queue for each `Line`, which come with the models; what a worker consumes is in `worker.serving`.
+        "task_default_queue": BEFORE,
+        "task_create_missing_queues": True,
         # No result backend: results are the job record and the mask on the store.
         "result_backend": None,
         "task_ignore_result": True,
@@ -70,6 +72,9 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "socket_connect_timeout": settings.redis_timeout,
             "socket_keepalive": True,
             "health_check_interval": 30,
+            # Interactive jobs of all lines come before any of priority batch; lines take turns.
+            "priority_steps": list(STEPS.values()),
+            "sep": SEPARATOR,
         },
         # --- limits ---
         # Soft: raises inside the task, which says why it stops. Hard: the parent kills the child and says it for it.
@@ -126,22 +131,27 @@ class JobQueue:
                 self._app = celery_app(self._settings)
                 self._app.amqp.queues  # noqa: B018 - made now, for the same reason
 
-    def submit(self, job_id: str) -> None:
-        """Put a job in the queue. Raises `QueueError` if the broker does not take it."""
+    def submit(self, job: Job) -> None:
+        """Put a job in its line. Raises `QueueError` if the broker does not take it."""
         from kombu.exceptions import OperationalError
 
         self.open()
         assert self._app is not None
         try:
-            self._app.send_task(TASK, args=[job_id], task_id=job_id, queue=QUEUE)
+            queue, step = Line.of(job).queue, STEPS[job.priority]
+            self._app.send_task(TASK, args=[job.id], task_id=job.id, queue=queue, priority=step)
         except (OperationalError, OSError) as error:
             raise QueueError("the queue does not answer") from error
 
-    def message_ids(self, client: redis.Redis) -> set[str]:
-        """Ids of the jobs that a message in the queue speaks of. Celery's Redis transport keeps a queue as a list of
-        JSON documents whose headers name the task; the id of ours is the job's."""
-        messages = cast("list[str]", client.lrange(QUEUE, 0, -1))
-        return {str(json.loads(message).get("headers", {}).get("id")) for message in messages}
+    def message_ids(self, client: redis.Redis, jobs: Iterable[Job]) -> set[str]:
+        """Ids of all jobs that a message speaks of in the lines of these. Celery's Redis transport keeps a queue as
+        lists of JSON documents whose headers name the task; the id of ours is the job's."""
+        queues = sorted({Line.of(job).queue for job in jobs} | {BEFORE})
+        with client.pipeline(transaction=True) as pipe:  # a message that is moved is in one of them
+            for name in (name for queue in queues for name in lists(queue)):
+                pipe.lrange(name, 0, -1)
+            found = cast("list[list[str]]", pipe.execute())
+        return {str(json.loads(message).get("headers", {}).get("id")) for messages in found for message in messages}
 
     def close(self) -> None:
         """Close the connections to the broker."""

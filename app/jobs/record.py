@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.jobs.lines import Needs, Priority
+
 
 class JobState(StrEnum):
     """Where a job is. It only moves downwards in this list, but for a lost worker's job, which is started again."""
@@ -47,7 +49,9 @@ class InputFile(_Record):
         return self.filename.endswith(DICOM_NAME)
 
 
-FailureKind = Literal["images", "model", "time-limit", "worker-lost", "out-of-memory", "store-full", "internal"]
+FailureKind = Literal[
+    "images", "model", "time-limit", "worker-lost", "out-of-memory", "store-full", "no-worker", "internal"
+]
 
 
 class Failure(_Record):
@@ -138,6 +142,9 @@ class Job(_Record):
     """Whether the images are registered and stripped first: `auto` where they need it, `none` never, `raw` always."""
     grid: str = ""
     """The modality on whose grid the mask is to lie; empty: the first given."""
+    needs: Needs = "any"
+    """The kind of device that is to compute it."""
+    priority: Priority = "interactive"
     missing: tuple[str, ...] = ()
     labels: tuple[LabelName, ...] = ()
     label_values: dict[str, int] = Field(default_factory=dict)

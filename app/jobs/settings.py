@@ -7,11 +7,13 @@ import os
 import re
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.jobs.lines import NEEDS, Needs
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -116,6 +118,16 @@ class Settings(BaseSettings):
     jobs_per_key: int = Field(
         default=50, ge=1, description="Jobs of one API key that may wait or run; beyond, uploads are answered 429."
     )
+    needs: str = Field(
+        default="",
+        description="What models are to run on: MODEL=cuda, MODEL=cpu or MODEL=any, comma-separated; * for all others.",
+    )
+    batch_wait: Seconds = Field(
+        default=1800, description="Seconds after which a waiting job of priority batch counts as interactive."
+    )
+    unserved_limit: float = Field(
+        default=0, ge=0, description="Seconds after which a job that no worker serves fails; 0 lets it wait."
+    )
     streams: int = Field(default=100, ge=1, description="Readers of job events at the same time, per API process.")
     retention: Seconds = Field(
         default=7 * 86400, description="Seconds after its end at which a job is removed, record and files together."
@@ -133,6 +145,13 @@ class Settings(BaseSettings):
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the encoders' arithmetic; bfloat16 is for a GPU that has it."
+    )
+    serve_models: str = Field(
+        default="", description="Models whose jobs a worker takes, comma-separated. Unset: all that it has."
+    )
+    serve_devices: str = Field(
+        default="",
+        description="Kinds of needs whose jobs a worker takes: any, cuda, cpu. Unset: any, and what its device is.",
     )
     concurrency: int = Field(
         default=1, ge=1, description="Child processes of one worker, one per GPU: child i of `cuda` takes GPU i."
@@ -155,6 +174,11 @@ class Settings(BaseSettings):
             raise ValueError("PASSION_ORPHANS_KEPT must be longer than PASSION_UPLOAD_TIMEOUT")
         if self.min_spacing >= self.max_spacing:
             raise ValueError("PASSION_MIN_SPACING must be smaller than PASSION_MAX_SPACING")
+        for model, need in self._needs.items():
+            if not model or need not in NEEDS:
+                raise ValueError("PASSION_NEEDS must be MODEL=cuda, MODEL=cpu or MODEL=any, comma-separated")
+        if not set(listed(self.serve_devices)) <= set(NEEDS):
+            raise ValueError("PASSION_SERVE_DEVICES must name any, cuda or cpu, comma-separated")
         for origin in listed(self.cors_origins):
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
                 raise ValueError(
@@ -166,6 +190,16 @@ class Settings(BaseSettings):
     def guarded(self) -> bool:
         """Whether requests need an API key."""
         return self.auth == "on" or (self.auth == "auto" and not is_loopback(self.host))
+
+    def needs_of(self, model: str) -> Needs:
+        """What a model is to run on."""
+        needs = self._needs
+        return cast(Needs, needs.get(model, needs.get("*", "any")))
+
+    @property
+    def _needs(self) -> dict[str, str]:
+        pairs = (pair.partition("=") for pair in self.needs.split(",") if pair.strip())
+        return {model.strip(): need.strip().lower() for model, _, need in pairs}
 
     def environment(self) -> dict[str, str]:
         """The variables that make a child process read these very settings."""

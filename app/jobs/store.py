@@ -12,7 +12,21 @@ from redis.client import Pipeline
 from app.jobs.admission import Admission
 from app.jobs.connection import clock
 from app.jobs.leases import Lapsed, Leases
-from app.jobs.names import ENDED, MISSING, TAKEN, WAITING, idempotency_key, job_key, open_key, owned_key
+from app.jobs.lines import Line
+from app.jobs.names import (
+    ENDED,
+    LATER,
+    MISSING,
+    SEQUENCE,
+    TAKEN,
+    UNSERVED,
+    WAITING,
+    idempotency_key,
+    job_key,
+    line_key,
+    open_key,
+    owned_key,
+)
 from app.jobs.record import Failure, Job, JobState, Origin, now
 from app.jobs.settings import Settings
 from app.jobs.tally import count_end, count_lost
@@ -87,14 +101,20 @@ class JobStore:
         jobs = [Job.model_validate_json(raw) for raw in raws if raw is not None]
         return jobs, int(page[-1][1]) if len(found) > count else None
 
-    def position(self, job_id: str) -> int | None:
-        """1 for the job that is next, 2 for the one after it; None for one that does not wait."""
-        rank = cast("int | None", self._redis.zrank(WAITING, job_id))
-        return None if rank is None else rank + 1
+    def position(self, job: Job) -> int | None:
+        """1 for the job that is next in its line, 2 for the one after it; None for one that does not wait."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.zrank(line_key(Line.of(job).queue), job.id)
+            pipe.zrank(WAITING, job.id)  # of an older version's, which is in no line
+            ranks = cast("list[int | None]", pipe.execute())
+        return next((rank + 1 for rank in ranks if rank is not None), None)
 
-    def waiting(self) -> list[str]:
-        """Ids of all queued jobs, in order."""
-        return cast("list[str]", self._redis.zrange(WAITING, 0, -1))
+    def waiting(self) -> list[Job]:
+        """All queued jobs, in order."""
+        names = cast("list[str]", self._redis.zrange(WAITING, 0, -1))
+        raws = cast("list[str | None]", self._redis.mget([job_key(name) for name in names])) if names else []
+        jobs = [Job.model_validate_json(raw) for raw in raws if raw is not None]
+        return [job for job in jobs if job.state is JobState.QUEUED]
 
     def depth(self) -> int:
         """Jobs that wait."""
@@ -248,6 +268,31 @@ class JobStore:
         except (UnknownJobError, JobOverError):
             return
 
+    def fail_waiting(self, job_id: str, failure: Failure) -> bool:
+        """End a job that waits; whether it still did."""
+
+        def waits(job: Job, _pipe: Pipeline) -> None:
+            if job.state is not JobState.QUEUED:
+                raise JobOverError(job.id)
+
+        try:
+            self._change(job_id, waits, lambda j: j.model_copy(update=_failed(failure)))
+        except (UnknownJobError, JobOverError):
+            return False
+        return True
+
+    def hasten(self, job_id: str) -> Job | None:
+        """Let a job of priority batch that waits count as interactive from now on; None if it does not wait so."""
+
+        def waits(job: Job, _pipe: Pipeline) -> None:
+            if job.state is not JobState.QUEUED or job.priority != "batch":
+                raise JobOverError(job.id)
+
+        try:
+            return self._change(job_id, waits, lambda j: j.model_copy(update={"priority": "interactive"}))
+        except (UnknownJobError, JobOverError):
+            return None
+
     def release(self, job: Job) -> None:
         """Put a run back in the line because its worker is told to stop; this attempt does not count."""
         self._change_run(job, lambda j: j.model_copy(update=_again() | {"attempts": j.attempts - 1, "started": None}))
@@ -270,9 +315,10 @@ class JobStore:
             job = None
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(job_key(job_id))
-            for name in (WAITING, ENDED, MISSING):
+            for name in (WAITING, ENDED, MISSING, UNSERVED):
                 pipe.zrem(name, job_id)
             if job is not None:
+                pipe.zrem(line_key(Line.of(job).queue), job_id)
                 self._leases.drop(pipe, job_id, job.run)
                 pipe.zrem(owned_key(job.owner), job_id)
                 pipe.srem(open_key(job.owner), job_id)
@@ -302,8 +348,11 @@ class JobStore:
             check(before, pipe)
             after = change(before)
             at = clock(pipe) if after.state is not before.state or after.run != before.run else 0.0
+            place = pipe.incr(SEQUENCE) if after.priority != before.priority else 0
             pipe.multi()
             pipe.set(key, after.model_dump_json())
+            if place:  # behind those that have the priority already
+                _wait(pipe, after, place)
             self._follow(pipe, before, after, at)
             return after
 
@@ -324,16 +373,22 @@ class JobStore:
             return
         if after.state is JobState.QUEUED:
             # Back to the head of the line: it has waited already.
-            pipe.zadd(WAITING, {after.id: 0})
+            _wait(pipe, after, 0)
             if after.attempts == before.attempts:
                 count_lost(pipe)
         else:
-            pipe.zrem(WAITING, after.id)
-            pipe.zrem(MISSING, after.id)
+            for name in (WAITING, MISSING, UNSERVED, line_key(Line.of(after).queue)):
+                pipe.zrem(name, after.id)
         if after.state.final:
             pipe.zadd(ENDED, {after.id: at + self._kept.get(after.state, self._retention)})
             pipe.srem(open_key(after.owner), after.id)
             count_end(pipe, after)
+
+
+def _wait(pipe: Pipeline, job: Job, place: int) -> None:
+    """Within a transaction: a place among those of its priority."""
+    for name in (WAITING, line_key(Line.of(job).queue)):
+        pipe.zadd(name, {job.id: place + (LATER if job.priority == "batch" else 0)})
 
 
 def _unless_over(job: Job, _pipe: Pipeline) -> None:

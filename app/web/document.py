@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app.jobs.cards import CardError, ModelCard
+from app.jobs.lines import PRIORITIES
 from app.web.origin import SAFE
 from app.web.problems import ProblemDocument, problems_of
 from app.web.service import Service
@@ -18,6 +19,7 @@ from app.web.upload import (
     MODEL_FIELD,
     PREPROCESS,
     PREPROCESS_FIELD,
+    PRIORITY_FIELD,
     PROBABILITIES_FIELD,
     TRUTHS,
 )
@@ -36,6 +38,12 @@ ENHANCING: dict[str, Any] = {
     "enum": list(ET_VALUES),
     "description": "What the mask holds for enhancing tumour: 3 as BraTS since 2023 (the default where the "
     "model's label has it), or 4 as before. Not for models without such a label.",
+}
+
+PRIORITY: dict[str, Any] = {
+    "type": "string",
+    "enum": list(PRIORITIES),
+    "description": "interactive (the default), or batch: behind all that are interactive, for some time.",
 }
 
 ANYWHERE = ("not-http", "wrong-host", "busy", "internal")
@@ -129,6 +137,7 @@ def _form(service: Service) -> dict[str, Any]:
                         GRID_FIELD: grid,
                         PROBABILITIES_FIELD: probabilities,
                         ET_VALUE_FIELD: ENHANCING,
+                        PRIORITY_FIELD: PRIORITY,
                         **images,
                     },
                     "anyOf": [{"required": [name]} for name in images] or [{}],

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 import anyio
 from anyio.to_thread import run_sync
 
-from app.jobs.record import Job, JobState
+from app.jobs.record import Job
 from app.jobs.store import UnknownJobError
 from app.web.problems import Problem
 from app.web.resources import JobResource
 from app.web.service import Here, Service
+from app.web.standing import Standing
 
 PAUSE = 0.5
 """Seconds between two looks at a record; as often as a worker writes how far it is."""
@@ -55,4 +56,4 @@ def _look(job: Job, service: Service) -> JobResource | None:
         record = service.jobs.get(job.id)
     except UnknownJobError:
         return None
-    return JobResource.of(record, service.jobs.position(job.id) if record.state is JobState.QUEUED else None)
+    return JobResource.of(record, Standing.of(record, service))

@@ -16,6 +16,7 @@ from pydantic.json_schema import SkipJsonSchema
 from redis import RedisError
 
 from app.jobs.admission import KeyReusedError, QueueFullError, TooManyJobsError
+from app.jobs.lines import Needs, Priority
 from app.jobs.queue import QueueError
 from app.jobs.record import Job, JobState, LabelName, new_id
 from app.jobs.store import JobOverError, UnknownJobError
@@ -26,6 +27,7 @@ from app.web.patience import one_upload
 from app.web.problems import Problem, problems_of, unavailable
 from app.web.resources import EXAMPLE_JOB, JobList, JobResource
 from app.web.service import Here, Service
+from app.web.standing import Standing
 from app.web.upload import Accepted, receive
 from app.web.watch import watched
 
@@ -96,11 +98,13 @@ async def segment(
         with anyio.CancelScope(shield=True):  # the sender may have hung up: nothing stays all the same
             await run_sync(service.blobs.delete, job_id, limiter=service.writing)
         raise
-    job = await run_sync(_enqueue, service, _job(job_id, accepted, caller, idempotency))
+    priority = "batch" if await run_sync(service.keys.is_batch, caller) else accepted.priority
+    needs = service.settings.needs_of(accepted.model)
+    job = await run_sync(_enqueue, service, _job(job_id, accepted, caller, idempotency, needs, priority))
     note(job_id=job.id, model=job.model, modalities=len(job.inputs), state=job.state)
     log.info("job accepted", job_id=job.id, model=job.model, modalities=len(job.inputs), repeated=job.id != job_id)
     response.headers["Location"] = f"/jobs/{job.id}"
-    return JobResource.of(job, await run_sync(service.jobs.position, job.id))
+    return JobResource.of(job, await run_sync(Standing.of, job, service))
 
 
 def _digest(idempotency_key: str | None) -> str:
@@ -145,7 +149,7 @@ def _no_room(error: Exception, service: Service) -> Problem:
     )
 
 
-def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
+def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str, needs: Needs, priority: Priority) -> Job:
     card = accepted.card
     given = tuple(item.modality for item in accepted.inputs)
     return Job(
@@ -155,6 +159,8 @@ def _job(job_id: str, accepted: Accepted, owner: str, idempotency: str) -> Job:
         inputs=accepted.inputs,
         preprocess=accepted.preprocess,
         grid=accepted.grid,
+        needs=needs,
+        priority=priority,
         missing=tuple(name for name in card.modalities if name not in given),
         labels=tuple(
             LabelName(value=accepted.label_values.get(label.name, label.value), name=label.name)
@@ -189,7 +195,7 @@ def _create(service: Service, job: Job) -> Job:
     try:
         created = service.jobs.create(job)
         if created.id == job.id:
-            service.queue.submit(job.id)
+            service.queue.submit(job)
     except (QueueFullError, TooManyJobsError) as error:
         raise _no_room(error, service) from None
     except KeyReusedError:
@@ -229,7 +235,7 @@ def jobs(
 ) -> JobList:
     """The caller's own jobs, the latest first."""
     found, rest = service.jobs.of_owner(caller, before, limit)
-    resources = [JobResource.of(job, _position(service, job)) for job in found]
+    resources = [JobResource.of(job, Standing.of(job, service)) for job in found]
     return JobList(jobs=resources, next=None if rest is None else f"/jobs?limit={limit}&before={rest}")
 
 
@@ -260,11 +266,7 @@ async def job(record: OwnJob, service: Here) -> JobResource:
     """How a job is doing."""
     # Every way into a thread and back waits for Python's lock twice, which uploads keep busy: none for nothing.
     waits = record.state is JobState.QUEUED
-    return JobResource.of(record, await run_sync(service.jobs.position, record.id) if waits else None)
-
-
-def _position(service: Service, record: Job) -> int | None:
-    return service.jobs.position(record.id) if record.state is JobState.QUEUED else None
+    return JobResource.of(record, await run_sync(Standing.of, record, service) if waits else Standing())
 
 
 @router.get(

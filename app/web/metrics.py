@@ -3,6 +3,7 @@ tells the same; the rest is this process's own."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import get_args
@@ -76,6 +77,12 @@ class Jobs(Collector):
     def _now(self) -> Iterator[Metric]:
         jobs, workers = self._service.jobs, self._service.presence.workers()
         yield _gauge("queue_depth", "Jobs that wait.", jobs.depth())
+        lines = GaugeMetricFamily(
+            "passion_line_depth", "Jobs that wait, by line.", labels=["model", "needs", "priority"]
+        )
+        for labels, count in Counter((job.model, job.needs, job.priority) for job in jobs.waiting()).items():
+            lines.add_metric(labels, count)
+        yield lines
         yield _gauge("queue_oldest_seconds", "Seconds that the job at the head waits.", jobs.longest_waiting())
         yield _gauge("jobs_running", "Jobs in the hands of a worker that lives.", jobs.live_runs())
         yield _gauge("workers", "Workers that take jobs off the queue.", len(workers))

@@ -7,7 +7,9 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.jobs.cards import LabelCard, ModalityCard, ModelCard, RegionCard, Scores
+from app.jobs.lines import Priority
 from app.jobs.record import Expectation, Failure, Job, JobState, LabelName, Preprocess
+from app.web.standing import Standing
 
 NOTICE = "Research software, not a medical device: not for diagnosis, treatment or any other clinical decision."
 
@@ -15,6 +17,8 @@ EXAMPLE_JOB: dict[str, JsonValue] = {
     "id": "5c1f6d3e-2f0b-4c57-9a49-0c6a1df3f1b2",
     "state": "running",
     "position": None,
+    "waiting_for": None,
+    "priority": "interactive",
     "stage": "segmenting",
     "percent": 41.5,
     "attempts": 1,
@@ -94,7 +98,9 @@ class JobResource(BaseModel):
 
     id: str
     state: JobState
-    position: int | None = Field(description="While queued: 1 is next.")
+    position: int | None = Field(description="While queued: 1 is next in the line of its model.")
+    waiting_for: str | None = Field(description="While queued, if no worker takes such jobs: which one is missing.")
+    priority: Priority = Field(description="Those that are interactive come first.")
     stage: str | None = Field(
         description="While running: starting, loading, preparing, normalising, segmenting or restoring."
     )
@@ -123,12 +129,14 @@ class JobResource(BaseModel):
     notice: str = NOTICE
 
     @classmethod
-    def of(cls, job: Job, position: int | None) -> JobResource:
+    def of(cls, job: Job, standing: Standing) -> JobResource:
         """The resource for a record."""
         return cls(
             id=job.id,
             state=job.state,
-            position=position if job.state is JobState.QUEUED else None,
+            position=standing.position,
+            waiting_for=standing.waiting_for,
+            priority=job.priority,
             stage=job.stage,
             percent=round(job.percent, 1),
             attempts=job.attempts,

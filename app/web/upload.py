@@ -18,6 +18,7 @@ from fastapi import Request
 
 from app.jobs.archive import check_archive, is_zip
 from app.jobs.cards import CardError, LabelValueError, ModelCard
+from app.jobs.lines import PRIORITIES, Priority
 from app.jobs.record import DICOM_NAME, NIFTI_NAME, InputFile, Preprocess
 from app.jobs.scan import Scan, check, check_same_field_of_view, magic
 from app.jobs.scan_header import ScanError
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD = "model", "preprocess", "grid", "probabilities"
-ET_VALUE_FIELD = "et_value"
-TEXT_FIELDS = (MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD, ET_VALUE_FIELD)
+ET_VALUE_FIELD, PRIORITY_FIELD = "et_value", "priority"
+TEXT_FIELDS = (MODEL_FIELD, PREPROCESS_FIELD, GRID_FIELD, PROBABILITIES_FIELD, ET_VALUE_FIELD, PRIORITY_FIELD)
 """Fields of the form that hold a word and no file."""
 MAX_WORD = 128
 PREPROCESS: tuple[Preprocess, ...] = get_args(Preprocess)
@@ -72,6 +73,7 @@ class Accepted:
     """By label: what the mask is to hold, whatever the card says."""
     warnings: tuple[str, ...]
     """Of what was sent, as sentences."""
+    priority: Priority
     fingerprint: str
     """Hex SHA-256 of what was sent: equal for the same model, options and bytes as the same modalities in order."""
 
@@ -193,6 +195,7 @@ class _Upload:
         preprocess = self._preprocess()
         probabilities = self._probabilities()
         label_values = self._label_values(card)
+        priority = self._priority()
         if not self._received:
             raise Problem(
                 "no-images",
@@ -238,7 +241,7 @@ class _Upload:
         options += [f"{label} {value}" for label, value in label_values.items()]
         fingerprint = _fingerprint(options, files)
         chosen = (name, card, tuple(inputs), preprocess, grid, probabilities, label_values)
-        return Accepted(*chosen, warnings, fingerprint)
+        return Accepted(*chosen, warnings, priority, fingerprint)
 
     async def _check(self, received: Received, filename: str) -> Scan | Series:
         clean = self._folder / filename
@@ -271,6 +274,14 @@ class _Upload:
         if known is None:
             detail = f"{PROBABILITIES_FIELD} is neither true nor false"
             raise _bad_word(PROBABILITIES_FIELD, detail, "Send one of the two, or leave it out for false.")
+        return known
+
+    def _priority(self) -> Priority:
+        word = self._words.get(PRIORITY_FIELD) or PRIORITIES[0]
+        known = next((priority for priority in PRIORITIES if priority == word), None)
+        if known is None:
+            remedy = f"Name one of: {', '.join(PRIORITIES)}."
+            raise _bad_word(PRIORITY_FIELD, f"{_short(word)!r} is no priority", remedy)
         return known
 
     def _label_values(self, card: ModelCard) -> dict[str, int]:

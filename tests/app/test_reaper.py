@@ -7,8 +7,9 @@ import redis
 from own_redis import running
 
 from app.jobs.connection import connect
+from app.jobs.lines import Line, lists
 from app.jobs.names import MISSING
-from app.jobs.queue import QUEUE, JobQueue
+from app.jobs.queue import JobQueue
 from app.jobs.reaper import MISSING_FOR, TURN, Reaper
 from app.jobs.record import InputFile, Job, JobState, new_id
 from app.jobs.store import JobOverError, JobStore
@@ -53,7 +54,7 @@ def add(store):
 
 
 def messages(client):
-    return client.llen(QUEUE)
+    return sum(client.llen(name) for name in lists(Line("any", "m").queue))
 
 
 def test_a_run_that_gives_no_sign_is_taken_away_and_its_job_sent_again(store, client, go_round):
@@ -70,7 +71,7 @@ def test_a_run_that_gives_no_sign_is_taken_away_and_its_job_sent_again(store, cl
     go_round()
     again = store.get(job.id)
     assert (again.state, again.attempts, again.run, again.worker) == (JobState.QUEUED, 1, "", "")
-    assert (store.position(job.id), store.position(waiting.id)) == (1, 2)
+    assert (store.position(job), store.position(waiting)) == (1, 2)
     assert messages(client) == 1
     store.renew(lost)
     assert store.live_runs() == 0, "what was taken away cannot be renewed"
@@ -95,13 +96,13 @@ def test_a_run_taken_away_too_often_is_given_up(store, client, go_round, quick):
 def test_a_waiting_job_without_a_message_gets_one(store, client, go_round, quick):
     job, other = add(store), add(store)
     queue = JobQueue(quick)
-    queue.submit(other.id)
-    assert queue.message_ids(client) == {other.id}
+    queue.submit(other)
+    assert queue.message_ids(client, [job]) == {other.id}
     go_round()
     assert messages(client) == 1, "it may be on its way into a worker"
     client.zadd(MISSING, {job.id: client.time()[0] - MISSING_FOR - 1})
     go_round()
-    assert queue.message_ids(client) == {other.id, job.id}
+    assert queue.message_ids(client, [job]) == {other.id, job.id}
     go_round()
     assert messages(client) == 2
     assert Tally(client).read().resent == 1

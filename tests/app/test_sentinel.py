@@ -65,18 +65,18 @@ def test_the_master_is_followed(tmp_path):
         def send():
             job = Job(id=new_id(), model="m", inputs=(InputFile(modality="t2", filename="t2.nii.gz"),))
             store.create(job)
-            queue.submit(job.id)
+            queue.submit(job)
             return job
 
         first = send()
-        assert queue.message_ids(client) == {first.id}
+        assert queue.message_ids(client, [first]) == {first.id}
         assert client.connection_pool.connection_kwargs["db"] == 2
-        until(lambda: redis.Redis(port=replica, db=2, password="secret").llen("passion") == 1)
+        until(lambda: redis.Redis(port=replica, db=2, password="secret").llen("passion.any.m") == 1)
         old.kill()
         until(lambda: guard.sentinel_get_master_addr_by_name("passion")[1] == replica)
         until(lambda: store.get(first.id) == first)
         second = send()
-        assert queue.message_ids(client) == {first.id, second.id}
+        assert queue.message_ids(client, [first]) == {first.id, second.id}
         assert redis.Redis(port=replica, db=2, password="secret").exists(f"passion:job:{second.id}")
         queue.close()
         client.close()

@@ -40,7 +40,7 @@ def test_an_unknown_id(store):
     with pytest.raises(UnknownJobError):
         store.cancel("nothing")
     assert store.begin("nothing", "w") is None
-    assert store.position("nothing") is None
+    assert store.position(new_job()) is None
     store.remove("nothing")
 
 
@@ -48,10 +48,10 @@ def test_positions_move_up_as_jobs_begin_and_are_cancelled(store):
     jobs = [new_job() for _ in range(4)]
     for job in jobs:
         store.create(job)
-    assert [store.position(j.id) for j in jobs] == [1, 2, 3, 4]
+    assert [store.position(j) for j in jobs] == [1, 2, 3, 4]
     store.begin(jobs[0].id, "w")
     store.cancel(jobs[2].id)
-    assert [store.position(j.id) for j in jobs] == [None, 1, None, 2]
+    assert [store.position(j) for j in jobs] == [None, 1, None, 2]
 
 
 def test_a_run_from_beginning_to_end(store, job):
@@ -143,7 +143,7 @@ def test_a_released_job_is_first_in_line_and_its_attempt_does_not_count(store, j
     store.release(run)
     back = store.get(job.id)
     assert (back.state, back.attempts, back.started) == (JobState.QUEUED, 0, None)
-    assert (store.position(job.id), store.position(later.id)) == (1, 2)
+    assert (store.position(job), store.position(later)) == (1, 2)
     with pytest.raises(JobOverError):
         store.progress(run, "loading", 0.0)
 
@@ -183,7 +183,7 @@ def test_of_a_cancel_and_a_begin_at_once_the_cancel_holds(store):
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(together, [begin, store.cancel, begin]))
         assert store.get(job.id).state is JobState.CANCELLED
-        assert store.position(job.id) is None
+        assert store.position(job) is None
 
 
 def test_of_many_who_finish_at_once_one_does(store, job):

@@ -33,7 +33,7 @@ def patients(tmp_path):
         "A/A-t1n.nii.gz": scan("t1", SMALL),
         "A/A-t2f.nii.gz": scan("flair", SMALL),
         "A/A-seg.nii.gz": scan("t1", SMALL),
-                "C/C_flair.nii.gz": b"no scan",
+        "C/C_flair.nii.gz": b"no scan",
         "D/notes.nii.gz": b"",
         "E/ses-1/anat/sub-E_ses-1_T2w.nii.gz": LONG,
     }

@@ -6,8 +6,12 @@ import sys
 import pytest
 
 from app.jobs.connection import connect
-from app.jobs.queue import QUEUE, TASK, JobQueue, QueueError, celery_app
+from app.jobs.lines import Line
+from app.jobs.queue import TASK, JobQueue, QueueError, celery_app
+from app.jobs.record import InputFile, Job, new_id
 from app.jobs.settings import Settings
+
+JOB = Job(id=new_id(), model="m", inputs=(InputFile(modality="t2", filename="t2.nii.gz"),))
 
 
 def test_what_is_promised(settings):
@@ -33,20 +37,20 @@ def test_a_message_is_never_visible_again_while_its_job_may_still_run(settings, 
 
 def test_a_message_holds_an_id_and_nothing_else(settings):
     queue = JobQueue(settings)
-    queue.submit("some-id")
+    queue.submit(JOB)
     queue.close()
     client = connect(settings)
-    (message,) = client.lrange(QUEUE, 0, -1)
+    (message,) = client.lrange(Line.of(JOB).queue, 0, -1)
     client.close()
     assert '"task": "passion.segment"' in message
-    assert '"id": "some-id"' in message
+    assert f'"id": "{JOB.id}"' in message
     assert "pickle" not in message
 
 
 def test_a_broker_that_is_away_is_an_error_soon():
     queue = JobQueue(Settings(redis_url="redis://127.0.0.1:1/0"))
     with pytest.raises(QueueError):
-        queue.submit("some-id")
+        queue.submit(JOB)
     queue.close()
 
 

@@ -313,7 +313,7 @@ def test_a_form_without_models_can_be_described(served):
     with serving(served) as api:
         form = api.get("/openapi.json").json()["paths"]["/segment"]["post"]["requestBody"]["content"]
         assert set(form["multipart/form-data"]["schema"]["properties"]) == {
-            *("model", "preprocess", "grid", "probabilities", "et_value")
+            *("model", "preprocess", "grid", "probabilities", "et_value", "priority")
         }
 
 

@@ -7,7 +7,10 @@ from app.jobs.settings import Settings
 from app.web.application import create_app
 
 PAGE = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
-ELSEWHERE = {"redis_url", "store", "models", "default_model", "allowed_hosts", "cors_origins"}
+ELSEWHERE = {
+    *("redis_url", "store", "models", "default_model", "allowed_hosts", "cors_origins"),
+    *("needs", "serve_models", "serve_devices"),
+}
 
 
 def test_the_table_has_every_setting_with_its_default_and_meaning():

@@ -66,6 +66,7 @@ imports: $(STAMP)
 # Needs no engine: it reads the files, fills in the variables and checks the result against Compose's schema.
 compose: $(STAMP)
 	@$(VENV)/bin/docker-compose -f compose.yaml --profile training config -q
+	@$(VENV)/bin/docker-compose -f compose.yaml -f compose.s3.yaml config -q
 	@$(VENV)/bin/docker-compose -f compose.yaml -f compose.gpu.yaml --profile training --profile mixed config -q
 
 check: lint types imports compose

@@ -195,7 +195,8 @@ class Client:
         pause = _Pause(self._patience)
         while True:
             try:
-                response = self._http.get(address)
+                # Results may lie in a bucket, where nobody is to see our key: to another host httpx sends none.
+                response = self._http.get(address, follow_redirects=True)
                 if response.status_code not in LATER:
                     return response
                 failure, seconds = _refusal(response), _seconds(response)

@@ -56,6 +56,7 @@ class Parts:
         self.redis: subprocess.Popen[bytes] | None = None
         self.api: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
+        self._others: list[subprocess.Popen[bytes]] = []
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
         self.client = connect(self.settings)
         self.jobs = JobStore(self.client, self.settings)
@@ -65,7 +66,7 @@ class Parts:
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
-        for process in [*self.workers, self.api, self.redis]:
+        for process in [*self.workers, *self._others, self.api, self.redis]:
             if process is not None:
                 kill(process)
         self._log.close()
@@ -87,9 +88,17 @@ class Parts:
         self.api = self._start([sys.executable, "-m", "app.cli", "api"], self._environment())
         until(self._alive, what="the API does not answer")
 
-    def _alive(self) -> bool:
+    def start_another_api(self, **settings: object) -> str:
+        """Its address, once it answers. `settings`: in which it differs from the first."""
+        own = self.settings.model_copy(update={"port": free_port(), **settings})
+        self._others.append(self._start([sys.executable, "-m", "app.cli", "api"], self._environment(own)))
+        url = f"http://127.0.0.1:{own.port}"
+        until(lambda: self._alive(url), what="another API does not answer")
+        return url
+
+    def _alive(self, url: str = "") -> bool:
         try:
-            return self.http.get("/livez", timeout=1).is_success
+            return self.http.get(f"{url}/livez", timeout=1).is_success
         except httpx.HTTPError:
             return False
 

@@ -14,7 +14,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md LICENSE NOTICE \
- && pip --python /opt/passion/bin/python install -c constraints.txt ".[api]" \
+ && pip --python /opt/passion/bin/python install -c constraints.txt ".[api,s3]" \
  && pip --python /opt/passion/bin/python uninstall --yes passion-seg
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \

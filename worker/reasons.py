@@ -9,6 +9,7 @@ import sys
 
 import structlog
 
+from app.jobs.bucket import StoreAwayError
 from app.jobs.cards import CardError
 from app.jobs.logs import where
 from app.jobs.record import Failure
@@ -40,6 +41,13 @@ def reason(error: Exception, settings: Settings) -> Failure:
             title="The store is full",
             detail="There was no room for the mask. Send the images again later; the operator must make room on the "
             "store.",
+        )
+    if isinstance(error, StoreAwayError):
+        return Failure(
+            kind="store-away",
+            title="The store is away",
+            detail="The images could not be fetched from the store, or the mask not be brought there. Send the images "
+            "again later; the operator must look after the store.",
         )
     return something_wrong(error)
 

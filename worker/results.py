@@ -11,7 +11,7 @@ import structlog
 from celery.exceptions import SoftTimeLimitExceeded
 from nibabel.orientations import aff2axcodes
 
-from app.jobs.blobs import BlobStore
+from app.jobs.blobs import Blobs
 from app.jobs.logs import where
 from app.jobs.record import Job, MaskGrid, Origin
 from models.card import Card, software_versions
@@ -27,7 +27,7 @@ log = structlog.get_logger("worker")
 class Results:
     """Sees the images as they are read, then writes what there is to be had of the mask."""
 
-    def __init__(self, job: Job, blobs: BlobStore, card: Card) -> None:
+    def __init__(self, job: Job, blobs: Blobs, card: Card) -> None:
         self._job = job
         self._blobs = blobs
         self._card = card

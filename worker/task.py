@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,10 @@ from celery import signals
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from redis import RedisError
 
-from app.jobs.blobs import BlobStore
+from app.jobs.blobs import Blobs
+from app.jobs.bucket import StoreAwayError
+from app.jobs.bucket_store import PATIENT as PATIENT_WITH_STORE
+from app.jobs.bucket_store import blobs_of
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import PATIENT, connect
 from app.jobs.logs import where
@@ -41,7 +45,7 @@ class Desk:
     jobs: JobStore
     signs: JobStore
     """For signs of life: what is late is worth nothing, so its connection has no patience."""
-    blobs: BlobStore
+    blobs: Blobs
     checkpoints: Checkpoints
     traces: Traces = field(default_factory=lambda: Traces("passion-worker"))
 
@@ -53,7 +57,7 @@ def _desk() -> Desk:
         settings=settings,
         jobs=JobStore(connect(settings, PATIENT), settings),
         signs=JobStore(connect(settings), settings),
-        blobs=BlobStore(settings.store),
+        blobs=blobs_of(settings, PATIENT_WITH_STORE),
         checkpoints=Checkpoints(shelf, settings.device, settings.overlap, settings.precision),
     )
 
@@ -114,6 +118,8 @@ def _attempt(job: Job, desk: Desk) -> None:
             _fail(job, desk, reason(error, desk.settings))
         else:
             _stop(job, desk)
+    finally:
+        desk.blobs.leave(job)
 
 
 def _segment(job: Job, desk: Desk) -> None:
@@ -151,6 +157,7 @@ def _segment(job: Job, desk: Desk) -> None:
     progress.stage("saving")
     segmentation.save(mask)
     results.write(segmentation, lambda: desk.checkpoints.card_sha256(job.model))
+    desk.blobs.keep(job)
     progress.stage("")
     done = desk.jobs.succeed(
         job,
@@ -168,7 +175,7 @@ def _segment(job: Job, desk: Desk) -> None:
 
 
 def _fail(job: Job, desk: Desk, failure: Failure) -> None:
-    desk.blobs.discard_results(job)
+    _discard(job, desk)
     try:
         desk.jobs.fail(job, failure)
     except JobOverError:
@@ -196,7 +203,14 @@ def _stop(job: Job, desk: Desk) -> None:
         cancelled = desk.jobs.get(job.id).state is JobState.CANCELLED
     except UnknownJobError:
         cancelled = True
-    if cancelled:
-        desk.blobs.delete(job.id)
-    else:
+    with suppress(StoreAwayError):  # then it is swept later
+        if cancelled:
+            desk.blobs.delete(job.id)
+        else:
+            desk.blobs.discard_results(job)
+
+
+def _discard(job: Job, desk: Desk) -> None:
+    """What a run that came to nothing has written. A store that is away has it until the job's time is over."""
+    with suppress(StoreAwayError):
         desk.blobs.discard_results(job)

@@ -50,7 +50,7 @@ class InputFile(_Record):
 
 
 FailureKind = Literal[
-    "images", "model", "time-limit", "worker-lost", "out-of-memory", "store-full", "no-worker", "internal"
+    "images", "model", "time-limit", "worker-lost", "out-of-memory", "store-full", "store-away", "no-worker", "internal"
 ]
 
 

@@ -64,7 +64,20 @@ class Settings(BaseSettings):
         default="mymaster", description="Name of the master, where the Redis address is that of Sentinels."
     )
     store: Path = Field(
-        default_factory=default_store, description="Folder of the jobs' files, shared by API and workers."
+        default_factory=default_store,
+        description="Folder of the jobs' files, shared by API and workers; with a bucket, this machine's own, for what "
+        "is on its way.",
+    )
+    bucket: str = Field(
+        default="",
+        pattern=r"^(s3://[a-z0-9][a-z0-9.-]+(/[\w.-]+)*)?$",
+        description="s3://BUCKET/PREFIX: where the jobs' files are instead, at any S3-compatible store.",
+    )
+    link_seconds: int = Field(
+        default=0,
+        ge=0,
+        le=7 * 86400,
+        description="With a bucket: seconds for which links to results there are good; 0: they come by way of the API.",
     )
     models: Path = Field(
         default_factory=packaged_checkpoints, description="Folder of checkpoint folders, one per model served."

@@ -7,7 +7,7 @@ import secrets
 import redis
 import structlog
 
-from app.jobs.blobs import BlobStore
+from app.jobs.blobs import Blobs
 from app.jobs.settings import Settings
 from app.jobs.store import JobStore
 
@@ -20,7 +20,7 @@ MOST_PAUSE = 30.0
 class Sweeper:
     """Runs where the store is at hand, in every API process, and does its round in one of them at a time."""
 
-    def __init__(self, client: redis.Redis, settings: Settings, blobs: BlobStore) -> None:
+    def __init__(self, client: redis.Redis, settings: Settings, blobs: Blobs) -> None:
         self._redis = client
         self._jobs = JobStore(client, settings)
         self._blobs = blobs

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import structlog
 from redis import RedisError
 
-from app.jobs.blobs import BlobStore
+from app.jobs.blobs import Blobs
+from app.jobs.bucket import StoreAwayError
 from app.jobs.connection import connect
 from app.jobs.logs import where
 from app.jobs.reaper import Reaper
@@ -21,7 +22,7 @@ log = structlog.get_logger("app.web")
 class Housekeeping:
     """A thread for each of the two, with a connection of their own: sweeping may take a while on a slow disk."""
 
-    def __init__(self, settings: Settings, blobs: BlobStore) -> None:
+    def __init__(self, settings: Settings, blobs: Blobs) -> None:
         client = connect(settings)
         self._reaper = Reaper(client, settings)
         sweeper = Sweeper(client, settings, blobs)
@@ -50,6 +51,8 @@ class Housekeeping:
                     go_round()
                 except RedisError:
                     log.warning("redis does not answer: housekeeping waits", task=name)
+                except StoreAwayError:
+                    log.warning("the store does not answer: housekeeping waits", task=name)
                 except Exception as error:  # it must never end while the process lives
                     log.error("housekeeping failed", task=name, where=where(error))
 

@@ -96,7 +96,7 @@ async def segment(
         accepted = await receive(request, service, folder)
     except BaseException:
         with anyio.CancelScope(shield=True):  # the sender may have hung up: nothing stays all the same
-            await run_sync(service.blobs.delete, job_id, limiter=service.writing)
+            await run_sync(service.blobs.refuse, job_id, limiter=service.writing)
         raise
     priority = "batch" if await run_sync(service.keys.is_batch, caller) else accepted.priority
     needs = service.settings.needs_of(accepted.model)

@@ -16,6 +16,7 @@ from redis import RedisError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from app.jobs.bucket import StoreAwayError
 from app.jobs.logs import where
 
 MEDIA_TYPE = "application/problem+json"
@@ -223,6 +224,10 @@ def install(app: FastAPI) -> None:
     async def redis(_request: Request, error: RedisError) -> JSONResponse:
         log.error("redis does not answer", where=where(error))
         return unavailable("the job store does not answer").response()
+
+    @app.exception_handler(StoreAwayError)
+    async def store(_request: Request, _error: StoreAwayError) -> JSONResponse:
+        return unavailable("the store does not answer").response()
 
     @app.exception_handler(Exception)
     async def unexpected(_request: Request, error: Exception) -> JSONResponse:

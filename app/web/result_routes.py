@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Response
+from fastapi.responses import RedirectResponse
+from starlette.background import BackgroundTask
 
 from app.jobs.record import Job, JobState
 from app.web.auth import caller
 from app.web.job_routes import OwnJob
 from app.web.problems import Problem, problems_of
 from app.web.report import ProbabilityList, Report
-from app.web.service import Here
+from app.web.service import Here, Service
 from app.web.upload import PROBABILITIES_FIELD
 from app.web.whole_file import WholeFile
 
@@ -20,6 +22,11 @@ router = APIRouter(dependencies=[Depends(caller)], responses=problems_of("unauth
 
 Region = Annotated[str, Path(description="As /jobs/{job_id}/probabilities lists it.", examples=["WT"])]
 NIFTI_GZ, PNG, DICOM = "application/gzip", "image/png", "application/dicom"
+ELSEWHERE: dict[str, Any] = {
+    "description": "Where the operator has set PASSION_LINK_SECONDS: a link to the store, good for so long, and for "
+    "anybody who has it.",
+    "headers": {"Location": {"description": "Its address.", "required": True, "schema": {"type": "string"}}},
+}
 
 
 @router.get(
@@ -32,13 +39,14 @@ NIFTI_GZ, PNG, DICOM = "application/gzip", "image/png", "application/dicom"
             "codes, zooms. The job's `labels` name its values.",
             "content": {NIFTI_GZ: {"schema": {"type": "string", "format": "binary"}}},
         },
+        307: ELSEWHERE,
         **problems_of("unknown-job", "not-done", "no-mask", "unavailable"),
     },
 )
-def mask(record: OwnJob, service: Here) -> WholeFile:
+def mask(record: OwnJob, service: Here) -> Response:
     """The mask of a job that has succeeded."""
     _succeeded(record, "no-mask")
-    return _file(service.blobs.mask(record), "no-mask", NIFTI_GZ, f"{record.id}-mask.nii.gz")
+    return _file(service, service.blobs.mask(record), "no-mask", NIFTI_GZ, f"{record.id}-mask.nii.gz")
 
 
 @router.get(
@@ -64,15 +72,16 @@ async def report(record: OwnJob) -> Report:
             "To see whether the mask is where it should be, and for nothing else.",
             "content": {PNG: {"schema": {"type": "string", "format": "binary"}}},
         },
+        307: ELSEWHERE,
         **problems_of("unknown-job", "not-done", "no-preview", "unavailable"),
     },
 )
-def preview(record: OwnJob, service: Here) -> WholeFile:
+def preview(record: OwnJob, service: Here) -> Response:
     """A picture of the mask of a job that has succeeded."""
     _succeeded(record, "no-preview")
     if not record.previewed:
         raise Problem("no-preview", "none was made of this job", "Its warnings say why; open the mask in a viewer.")
-    return _file(service.blobs.preview(record), "no-preview", PNG, None)
+    return _file(service, service.blobs.preview(record), "no-preview", PNG, None)
 
 
 @router.get(
@@ -84,10 +93,11 @@ def preview(record: OwnJob, service: Here) -> WholeFile:
             "slices of the DICOM series that it was made of. It names the patient and the study of that series.",
             "content": {DICOM: {"schema": {"type": "string", "format": "binary"}}},
         },
+        307: ELSEWHERE,
         **problems_of("unknown-job", "not-done", "no-dicom-seg", "unavailable"),
     },
 )
-def dicom_seg(record: OwnJob, service: Here) -> WholeFile:
+def dicom_seg(record: OwnJob, service: Here) -> Response:
     """The mask of a job that has succeeded as DICOM SEG, if the image on whose grid it lies was a DICOM series."""
     _succeeded(record, "no-dicom-seg")
     if not record.reference.is_dicom:
@@ -98,7 +108,7 @@ def dicom_seg(record: OwnJob, service: Here) -> WholeFile:
         )
     if not record.dicom_seg:
         raise Problem("no-dicom-seg", "none was made of this job", "Its warnings say why; the mask is there as NIfTI.")
-    return _file(service.blobs.dicom_seg(record), "no-dicom-seg", DICOM, f"{record.id}-mask.dcm")
+    return _file(service, service.blobs.dicom_seg(record), "no-dicom-seg", DICOM, f"{record.id}-mask.dcm")
 
 
 @router.get(
@@ -130,17 +140,18 @@ async def probabilities(record: OwnJob) -> ProbabilityList:
             "probabilities from 0 to 1.",
             "content": {NIFTI_GZ: {"schema": {"type": "string", "format": "binary"}}},
         },
+        307: ELSEWHERE,
         **problems_of("unknown-job", "unknown-region", "not-done", "no-probabilities", "unavailable"),
     },
 )
-def probability(record: OwnJob, service: Here, region: Region) -> WholeFile:
+def probability(record: OwnJob, service: Here, region: Region) -> Response:
     """How probable it is of each voxel that it belongs to a region."""
     regions = _with_probabilities(record).probability_regions
     if region not in regions:
         raise Problem("unknown-region", "the model has no such region", f"It has {', '.join(regions)}.")
     place = regions.index(region)
     path = service.blobs.probability(record, place)
-    return _file(path, "no-probabilities", NIFTI_GZ, f"{record.id}-probability-{place}.nii.gz")
+    return _file(service, path, "no-probabilities", NIFTI_GZ, f"{record.id}-probability-{place}.nii.gz")
 
 
 def _with_probabilities(record: Job) -> Job:
@@ -166,10 +177,16 @@ def _succeeded(record: Job, none: str) -> None:
         raise Problem(none, f"the job has {record.state}", "The job says why; send the images again if need be.")
 
 
-def _file(path: FilePath, none: str, media_type: str, name: str | None) -> WholeFile:
+def _file(service: Service, path: FilePath, none: str, media_type: str, name: str | None) -> Response:
     """`name`: to be saved under. A browser shows what has none."""
     try:
-        stat = path.stat()
+        seconds = service.settings.link_seconds
+        link = service.blobs.link(path, seconds, media_type, name) if seconds else None
+        if link is not None:
+            return RedirectResponse(link, headers={"Cache-Control": "no-store"})
+        reading = service.blobs.read(path)
     except FileNotFoundError:
         raise Problem(none, "the file is no longer kept", "Send the images again.") from None
-    return WholeFile(path, media_type=media_type, filename=name, stat_result=stat)
+    after = BackgroundTask(reading.path.unlink, missing_ok=True) if reading.temporary else None
+    stat = reading.path.stat()
+    return WholeFile(reading.path, media_type=media_type, filename=name, stat_result=stat, background=after)

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path
 from redis import RedisError
 
+from app.jobs.bucket import StoreAwayError
 from app.jobs.cards import CardError, ModelCard
 from app.web.auth import caller
 from app.web.problems import KINDS, Kind, Problem, ProblemDocument, problems_of, unavailable
@@ -68,14 +69,18 @@ def livez() -> Alive:
 
 @public.get("/readyz", response_model=Ready, responses=problems_of("unavailable"), tags=["health"])
 def readyz(service: Here) -> Ready:
-    """Whether a job sent now would be worked on: Redis answers, workers consume the queue, there is a model. That jobs
-    wait while a worker has a hand free and takes none is not readiness, however well it answers."""
+    """Whether a job sent now would be worked on: Redis and the store answer, workers consume, there is a model. That
+    jobs wait while a worker has a hand free and takes none is not readiness, however well it answers."""
     try:
         workers = service.presence.workers()
         waiting, children = service.jobs.depth(), sum(worker.children for worker in workers)
         stalled = waiting and service.jobs.live_runs() < children and _nothing_taken(service)
     except RedisError:
         raise unavailable("Redis does not answer") from None
+    try:
+        service.blobs.ping()
+    except StoreAwayError:
+        raise unavailable("the store does not answer") from None
     names = service.models.names()
     if not workers:
         raise unavailable("no worker consumes the queue")

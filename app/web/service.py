@@ -8,7 +8,8 @@ from typing import Annotated, Self
 import anyio
 from fastapi import Depends, Request
 
-from app.jobs.blobs import BlobStore
+from app.jobs.blobs import Blobs
+from app.jobs.bucket_store import blobs_of
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import connect
 from app.jobs.gpu import Gpus
@@ -31,7 +32,7 @@ class Service:
 
     settings: Settings
     jobs: JobStore
-    blobs: BlobStore
+    blobs: Blobs
     queue: JobQueue
     presence: Presence
     models: ModelShelf
@@ -61,7 +62,7 @@ class Service:
         return cls(
             settings=settings,
             jobs=JobStore(client, settings),
-            blobs=BlobStore(settings.store),
+            blobs=blobs_of(settings),
             queue=JobQueue(settings),
             presence=Presence(client),
             models=ModelShelf(settings.models, settings.default_model),

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import structlog
 from redis import RedisError
 
+from app.jobs.bucket import StoreAwayError
 from app.jobs.traces import note
 from app.web.problems import Problem
 from app.web.service import Here
@@ -20,7 +21,7 @@ async def watched(service: Here) -> AsyncIterator[None]:
     with service.meters.uploads_in_flight.track_inprogress(), service.traces.span("POST /segment"):
         try:
             yield
-        except (Problem, RedisError) as error:
+        except (Problem, RedisError, StoreAwayError) as error:
             kind = error.kind if isinstance(error, Problem) else "unavailable"
             service.meters.refused(kind)
             log.info("upload refused", kind=kind)

@@ -9,7 +9,7 @@ from app.web.application import create_app
 PAGE = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
 ELSEWHERE = {
     *("redis_url", "store", "models", "default_model", "allowed_hosts", "cors_origins"),
-    *("needs", "serve_models", "serve_devices"),
+    *("needs", "serve_models", "serve_devices", "bucket"),
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 PROJECTS = {
     "cpu": ["compose.yaml"],
     "gpu": ["compose.yaml", "compose.gpu.yaml"],
+    "s3": ["compose.yaml", "compose.s3.yaml"],
 }
 
 
@@ -21,7 +22,7 @@ def _compose(root: Path, files: list[str], *arguments: str, **environment: str) 
     tool = Path(sys.executable).parent / "docker-compose"
     chosen = [part for name in files for part in ("-f", name)]
     return subprocess.run(
-        [str(tool), *chosen, "--profile", "training", *arguments],
+        [str(tool), *chosen, "--profile", "training", "--profile", "mixed", *arguments],
         cwd=root,
         env={**os.environ, **environment},
         capture_output=True,
@@ -78,6 +79,16 @@ def test_the_override_gives_worker_and_training_a_gpu(root: Path) -> None:
         (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
     assert "deploy" not in services["api"]
+    other = services["worker-cpu"]
+    assert "deploy" not in other
+    assert other["environment"]["PASSION_SERVE_DEVICES"] == other["environment"]["PASSION_DEVICE"] == "cpu"
+    assert other["read_only"] is True
+    assert set(other["networks"]) == {"inside"}
+
+
+def test_the_bucket_can_be_reached_by_the_worker(root: Path) -> None:
+    services = _services(root, PROJECTS["s3"])
+    assert set(services["worker"]["networks"]) == set(services["api"]["networks"]) == {"inside", "outside"}
 
 
 @pytest.mark.parametrize("role", ["api", "worker", "training"])

@@ -103,17 +103,18 @@ class Bucket:
         answer = {"ResponseContentDisposition": said, "ResponseContentType": media_type}
         return str(self._attempt(lambda: self._fs.url(self._at(key), expires=seconds, **answer), once=True))
 
-    def abort_parts(self, older_than: float) -> int:
-        """End what was begun to be sent in parts more than so many seconds ago, and never ended: its parts are kept,
-        and nobody sees them. How many there were."""
+    def abort_parts(self, older_than: float, ours: Callable[[str], bool]) -> None:
+        """End what was begun to be sent in parts more than so many seconds ago, and never ended, of the keys that are
+        `ours`: its parts are kept, and nobody sees them."""
         name, _, prefix = self._root.partition("/")
         limit = datetime.fromtimestamp(time.time(), UTC) - timedelta(seconds=older_than)
         answer = self._attempt(lambda: self._fs.call_s3("list_multipart_uploads", Bucket=name, Prefix=prefix))
-        old = [upload for upload in cast(Any, answer).get("Uploads", []) if upload["Initiated"] < limit]
-        for upload in old:
+        start = len(prefix) + 1 if prefix else 0
+        for upload in cast(Any, answer).get("Uploads", []):
+            if upload["Initiated"] >= limit or not ours(upload["Key"][start:]):
+                continue
             ended = {"Bucket": name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._attempt(lambda ended=ended: self._fs.call_s3("abort_multipart_upload", **ended))  # type: ignore[misc]
-        return len(old)
 
     def _at(self, key: str) -> str:
         return f"{self._root}/{key}"

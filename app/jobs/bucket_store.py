@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.jobs.blobs import Blobs, BlobStore, Reading
 from app.jobs.bucket import Bucket
-from app.jobs.record import Job
+from app.jobs.record import Job, is_id
 from app.jobs.settings import Settings
 
 PATIENT = (1.0, 2.0, 4.0, 8.0)
@@ -127,17 +127,19 @@ class BucketStore:
 
     def folders(self, older_than: float) -> Iterator[tuple[str, Path]]:
         """As `BlobStore.folders`: of the bench, and of the bucket, where one is as old as its latest object. There it
-        looks only now and then, for a list of all there is takes time. What was never sent to its end goes, too."""
+        looks only now and then, for a list of all there is takes time. What was never sent to its end goes, too; what
+        is named otherwise than files of jobs is not ours."""
         self._bench.discard_scraps(older_than)
         yield from self._bench.folders(older_than)
         if time.monotonic() - self._looked < older_than / 10:
             return
         self._looked = time.monotonic()
-        self._bucket.abort_parts(older_than)
+        self._bucket.abort_parts(older_than, lambda key: _job_of(key) is not None)
         latest: dict[str, float] = {}
         for key, written in self._bucket.objects().items():
-            job_id = key.partition("/")[0]
-            latest[job_id] = max(written, latest.get(job_id, 0.0))
+            job_id = _job_of(key)
+            if job_id is not None:
+                latest[job_id] = max(written, latest.get(job_id, 0.0))
         limit = time.time() - older_than
         yield from ((job_id, Path(job_id)) for job_id, written in latest.items() if written < limit)
 
@@ -155,3 +157,9 @@ class BucketStore:
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self._bench.root).as_posix()
+
+
+def _job_of(key: str) -> str | None:
+    """The id of the job whose file an object is."""
+    job_id, _, rest = key.partition("/")
+    return job_id if rest and is_id(job_id) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -76,6 +77,8 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             "priority_steps": list(STEPS.values()),
             "sep": SEPARATOR,
         },
+        # A certificate is looked at, unless the address itself says otherwise. Celery's own default is not to.
+        "broker_use_ssl": settings.redis_url.startswith("rediss://") and {"ssl_cert_reqs": ssl.CERT_REQUIRED},
         # --- limits ---
         # Soft: raises inside the task, which says why it stops. Hard: the parent kills the child and says it for it.
         "task_soft_time_limit": settings.soft_time_limit,

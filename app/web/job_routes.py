@@ -88,6 +88,7 @@ async def segment(
     """Send the images of one patient, any non-empty subset of the model's modalities, and get a job."""
     idempotency = _digest(idempotency_key)
     await run_sync(_room, service, "" if idempotency else caller, bool(idempotency))  # better now than after the upload
+    in_batch = await run_sync(service.keys.is_batch, caller)
     job_id = new_id()
     structlog.contextvars.bind_contextvars(job_id=job_id)
     log.info("upload begins")
@@ -98,7 +99,7 @@ async def segment(
         with anyio.CancelScope(shield=True):  # the sender may have hung up: nothing stays all the same
             await run_sync(service.blobs.refuse, job_id, limiter=service.writing)
         raise
-    priority = "batch" if await run_sync(service.keys.is_batch, caller) else accepted.priority
+    priority = "batch" if in_batch else accepted.priority
     needs = service.settings.needs_of(accepted.model)
     job = await run_sync(_enqueue, service, _job(job_id, accepted, caller, idempotency, needs, priority))
     note(job_id=job.id, model=job.model, modalities=len(job.inputs), state=job.state)

@@ -132,7 +132,10 @@ def test_what_is_large_goes_in_parts_and_comes_back_whole(bucket, tmp_path):
 def test_what_was_never_sent_to_its_end_and_what_has_no_record_is_swept(bucket, settings, tmp_path):
     """As a killed API leaves it: parts of an object, objects without a record, an incoming folder."""
     plain = s3_client("s3")
-    begun = plain.create_multipart_upload(Bucket=BUCKET, Key="passion/jobs/x/input/t2.nii.gz")
+    begun = plain.create_multipart_upload(Bucket=BUCKET, Key=f"passion/jobs/{new_id()}/input/t2.nii.gz")
+    others = plain.create_multipart_upload(Bucket=BUCKET, Key="passion/jobs/film")
+    for key in ("passion/jobs/README", "passion/jobs/films/1", "other/2"):
+        plain.put_object(Bucket=BUCKET, Key=key, Body=b"not ours")
     part = {"Bucket": BUCKET, "Key": begun["Key"], "UploadId": begun["UploadId"], "PartNumber": 1}
     plain.upload_part(**part, Body=b"x" * 5 * MIB)
     api = machine(tmp_path / "api", bucket)
@@ -147,9 +150,10 @@ def test_what_was_never_sent_to_its_end_and_what_has_no_record_is_swept(bucket, 
     now = settings.model_copy(update={"orphans_kept": 0.1})
     Sweeper(client, now, api).round()
     client.close()
-    assert {key.partition("/")[0] for key in bucket.objects()} == {kept.id}
+    assert {key.partition("/")[0] for key in bucket.objects()} == {kept.id, "README", "films"}
     assert files(tmp_path / "api") == []
-    assert "Uploads" not in plain.list_multipart_uploads(Bucket=BUCKET)
+    left = plain.list_multipart_uploads(Bucket=BUCKET)["Uploads"]
+    assert [upload["UploadId"] for upload in left] == [others["UploadId"]]
 
 
 def test_a_refused_upload_asks_nothing_of_the_bucket(tmp_path):

@@ -255,11 +255,12 @@ def _convolve_backward(
     """Gradients of the padded input (if asked for), the weight and the bias."""
     if fold > 1:
         x, g = (folding.side_by_side(t, fold) for t in (padded, gradient))
-        _, of_folded, of_bias = _backward(g, x, folding.folded(weight, fold), 1, [False, True, True])
-        of_x = None
-        if of_input:  # which has as many channels as fill a register, or is the patient's scan
-            inner = padded[..., : gradient.shape[-1] + 2]
-            of_x, *_ = _backward(gradient, inner, weight, 1, [True, False, False])
+        at_once = of_input and padded.shape[-1] == gradient.shape[-1] + 2
+        of_x, of_folded, of_bias = _backward(g, x, folding.folded(weight, fold), 1, [at_once, True, True])
+        if at_once:
+            of_x = folding.apart(of_x, fold)
+        elif of_input:
+            of_x, *_ = _backward(gradient, padded[..., : gradient.shape[-1] + 2], weight, 1, [True, False, False])
         return of_x, folding.unfolded(of_folded, fold), of_bias.view(fold, -1).sum(0)
     halves = _Halves.needed(padded, stride)
     x = padded if halves is None else halves.of_input(padded)

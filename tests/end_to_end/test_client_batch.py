@@ -64,7 +64,7 @@ def test_a_batch_is_stopped_and_taken_up_again(stack, patients, tmp_path):
             assert process.poll() is None
             assert time.monotonic() < end, rows(out)
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)
     finally:
         process.kill()

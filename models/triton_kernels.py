@@ -144,6 +144,7 @@ def _kernel(function: Any) -> Any:
     return triton.jit(function, do_not_specialize=[n for n in sizes if n in inspect.signature(function).parameters])
 
 
+# Triton gives a kernel's arguments their types when it is called, so Python's checker finds none.
 # A tile is VOXELS x CHANNELS. Its program's axes: the block of voxels, the group of channels, the sample.
 
 

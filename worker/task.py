@@ -119,7 +119,7 @@ def _attempt(job: Job, desk: Desk) -> None:
         else:
             _stop(job, desk)
     finally:
-        desk.blobs.leave(job)
+        _leave(job, desk)
 
 
 def _segment(job: Job, desk: Desk) -> None:
@@ -172,6 +172,18 @@ def _segment(job: Job, desk: Desk) -> None:
     )
     note(state=done.state)
     log.info("job succeeded", seconds=progress.seconds, attempts=done.attempts)
+
+
+def _leave(job: Job, desk: Desk) -> None:
+    """Clear away what only this run needed, unless the job is in other hands, which may share the place."""
+    try:
+        now = desk.jobs.get(job.id)
+    except UnknownJobError:
+        now = job
+    except RedisError:  # then it is cleared away later
+        return
+    if now.state is not JobState.RUNNING or now.run == job.run:
+        desk.blobs.leave(job)
 
 
 def _fail(job: Job, desk: Desk, failure: Failure) -> None:

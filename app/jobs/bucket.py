@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -95,7 +96,7 @@ class Bucket:
         objects = [{"Key": f"{prefix}/{key}".lstrip("/")} for key in keys]
         for start in range(0, len(objects), MOST_AT_ONCE):
             few = {"Objects": objects[start : start + MOST_AT_ONCE], "Quiet": True}
-            self._attempt(lambda few=few: self._fs.call_s3("delete_objects", Bucket=name, Delete=few))  # type: ignore[misc]
+            self._attempt(partial(self._fs.call_s3, "delete_objects", Bucket=name, Delete=few))
 
     def link(self, key: str, seconds: int, media_type: str, name: str | None) -> str:
         """An address at the store from which anybody may fetch an object for some time, to be saved under `name`."""
@@ -114,7 +115,7 @@ class Bucket:
             if upload["Initiated"] >= limit or not ours(upload["Key"][start:]):
                 continue
             ended = {"Bucket": name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            self._attempt(lambda ended=ended: self._fs.call_s3("abort_multipart_upload", **ended))  # type: ignore[misc]
+            self._attempt(partial(self._fs.call_s3, "abort_multipart_upload", **ended))
 
     def _at(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -124,7 +125,7 @@ class Bucket:
         for pause in (*(() if once else self._pauses), None):
             try:
                 return action()
-            except Exception as error:
+            except Exception as error:  # s3fs, botocore and aiohttp each have their own, without a common one
                 if isinstance(error, FileNotFoundError) and missing:
                     raise
                 if isinstance(error, OSError) and error.errno in FULL:

@@ -90,7 +90,7 @@ def test_a_poisonous_input_is_quarantined_and_the_queue_goes_on(parts):
         until(lambda n=attempt: parts.job(poison)["attempts"] == n, 30, f"attempt {attempt} does not begin")
         parts.running(poison)
         parts.child_of(parts.worker_of(poison)).kill()
-    failed = parts.finished(poison, within=20)
+    failed = parts.finished(poison, within=60)
     assert (failed["state"], failed["attempts"], failed["quarantined"]) == ("failed", 3, True)
     assert failed["error"]["kind"] == "worker-lost"
     assert "ended 3 times" in failed["error"]["detail"]

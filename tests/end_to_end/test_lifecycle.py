@@ -61,7 +61,7 @@ def test_the_log_tells_of_a_job_by_its_id_from_upload_to_deletion(stack, short_s
     job = stack.finished(stack.post({"t2": short_scan}).json())
     assert mask_status(stack, job)[0] == 200
     assert stack.http.delete(f"/jobs/{job['id']}").status_code == 204
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     # The last lines of both processes come just after what is seen from outside.
     while not {"job succeeded", "DELETE"} <= set(chain.from_iterable(lines := log_of(stack, job["id"]))):
         assert time.monotonic() < end, lines

@@ -19,10 +19,10 @@ LOSSES = ("fuse", "prm", "sep", "kl", "proto", "dist", "mask", "present")
 
 
 def made(backbone):
-    side = 16 if backbone in {"rfnet", "unet"} else 32  # the smallest
+    side, width = (16, 8) if backbone in {"rfnet", "unet"} else (32, 4)  # the smallest
     torch.manual_seed(3)
     task = Task.load("glioma").model_copy(update={"patch_size": (side, side, side)})
-    network = build(backbone, task, width=8).double().train()
+    network = build(backbone, task, width=width).double().train()
     x = torch.randn(3, 4, side, side, side, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
     labels = (torch.rand(3, side, side, side) * 4).to(torch.uint8)
     labels[0][labels[0] == 2] = 1  # one sample lacks a class, so none of the batch has a prototype of it

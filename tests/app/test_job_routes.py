@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 
 import httpx
 import pytest
@@ -15,6 +14,7 @@ from app.jobs.connection import connect
 from app.jobs.keys import KeyStore
 from app.jobs.record import MaskGrid, Origin
 from app.jobs.store import JobStore
+from benchmarks.parts import until
 
 FLAIR, T2 = scan("flair"), scan("t2")
 RESULTS = ("report", "preview.png", "dicom-seg", "probabilities", "probabilities/WT")
@@ -232,13 +232,13 @@ def test_events_tell_each_change_until_the_end(settings, client):
         job, seen = post(api).json(), []
         reader = threading.Thread(target=events, args=(api, job["links"]["events"], seen))
         reader.start()
-        wait(lambda: seen)
+        until(lambda: seen)
         assert seen[0] == api.get(job["links"]["self"]).json()
         assert kind(api.get(job["links"]["events"])) == (503, "too-many-streams")
         run = store.begin(job["id"], "w")
-        wait(lambda: seen[-1]["stage"] == "starting")
+        until(lambda: seen[-1]["stage"] == "starting")
         store.progress(run, "segmenting", 50.0)
-        wait(lambda: seen[-1]["percent"] == 50.0)
+        until(lambda: seen[-1]["percent"] == 50.0)
         store.succeed(run, {"WT": 1.0}, "")
         reader.join(5)
         assert not reader.is_alive()
@@ -257,12 +257,5 @@ def test_a_reader_who_leaves_gives_up_the_place(settings, client):
                 httpx.Client(base_url=api.base_url) as another,
                 another.stream("GET", job["links"]["events"]) as stream,
             ):
-                wait(lambda stream=stream: stream.status_code == 200 or None)
-            wait(lambda: "event_streams 0.0" in api.get("/metrics").text)
-
-
-def wait(condition, within=60):
-    end = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+                until(lambda stream=stream: stream.status_code == 200 or None)
+            until(lambda: "event_streams 0.0" in api.get("/metrics").text)

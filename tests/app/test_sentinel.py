@@ -1,8 +1,7 @@
 """A Redis behind Sentinels: records and queue go to the master, whichever that is."""
 
 import subprocess
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import redis
@@ -14,6 +13,7 @@ from app.jobs.record import InputFile, Job, new_id
 from app.jobs.settings import Settings
 from app.jobs.store import JobStore
 from app.redis_server import find_executable, free_port
+from benchmarks.parts import until
 
 
 @contextmanager
@@ -29,17 +29,14 @@ def started(folder, lines, *arguments):
         process.wait()
 
 
-def until(condition, within=60):
-    # A Sentinel looks at what it watches once in ten seconds, and finds the replicas by it.
-    end = time.monotonic() + within
-    while True:
-        try:
-            if condition():
-                return
-        except (redis.RedisError, OSError):
-            pass
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def answered(condition):
+    """Until it holds; meanwhile there may be no answer. A Sentinel looks at what it watches once in ten seconds."""
+
+    def holds():
+        with suppress(redis.RedisError, OSError):
+            return condition()
+
+    until(holds)
 
 
 @pytest.mark.slow
@@ -60,7 +57,7 @@ def test_the_master_is_followed(tmp_path):
     ):
         guard = redis.Redis(port=sentinel, decode_responses=True)
         # Until the Sentinel has asked the master for its replicas, it knows of none.
-        until(lambda: [one["master-link-status"] for one in guard.sentinel_slaves("passion")] == ["ok"])
+        answered(lambda: [one["master-link-status"] for one in guard.sentinel_slaves("passion")] == ["ok"])
         client, queue = connect(settings), JobQueue(settings)
         store = JobStore(client, settings)
 
@@ -73,10 +70,10 @@ def test_the_master_is_followed(tmp_path):
         first = send()
         assert queue.message_ids(client, [first]) == {first.id}
         assert client.connection_pool.connection_kwargs["db"] == 2
-        until(lambda: redis.Redis(port=replica, db=2, password="secret").llen("passion.any.m") == 1)
+        answered(lambda: redis.Redis(port=replica, db=2, password="secret").llen("passion.any.m") == 1)
         old.kill()
-        until(lambda: guard.sentinel_get_master_addr_by_name("passion")[1] == replica)
-        until(lambda: store.get(first.id) == first)
+        answered(lambda: guard.sentinel_get_master_addr_by_name("passion")[1] == replica)
+        answered(lambda: store.get(first.id) == first)
         second = send()
         assert queue.message_ids(client, [first]) == {first.id, second.id}
         assert redis.Redis(port=replica, db=2, password="secret").exists(f"passion:job:{second.id}")

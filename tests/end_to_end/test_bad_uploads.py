@@ -16,6 +16,8 @@ from isal import igzip
 from live_stack import running_stack
 from scans import UNIT, edited, head, image, nifti, nifti_gz, scan
 
+from benchmarks.parts import until
+
 GOOD = scan()
 NII = nifti(image(head("flair")))
 ELSEWHERE = np.diag([1.0, 1, 1, 1])
@@ -258,13 +260,6 @@ def test_a_sender_who_hangs_up_leaves_nothing(strict):
         )
         until(lambda: strict.on_store() != [])
     until(lambda: strict.on_store() == [])
-
-
-def until(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_after_all_that_a_good_upload_is_taken(strict):

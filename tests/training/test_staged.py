@@ -19,7 +19,7 @@ LOSSES = ("fuse", "prm", "sep", "kl", "proto", "dist", "mask", "present")
 
 
 def made(backbone):
-    side, width = (16, 8) if backbone in {"rfnet", "unet"} else (32, 4)  # the smallest
+    side, width = (16, 8) if backbone in {"rfnet", "unet"} else (32, 4)  # the smallest, and RFNet no narrower
     torch.manual_seed(3)
     task = Task.load("glioma").model_copy(update={"patch_size": (side, side, side)})
     network = build(backbone, task, width=width).double().train()

@@ -14,9 +14,12 @@ import tiny_checkpoint
 import torch
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from own_redis import running
+from s3_server import BUCKET, s3_server
 from scans import SHAPE, head, image, nifti, read, scan
 
 from app.jobs.blobs import BlobStore
+from app.jobs.bucket import Bucket
+from app.jobs.bucket_store import BucketStore
 from app.jobs.cards import ModelShelf
 from app.jobs.connection import connect
 from app.jobs.record import InputFile, Job, JobState, new_id
@@ -312,6 +315,41 @@ def test_a_run_that_was_overtaken_writes_no_result(desk):
     with pytest.raises(JobOverError):
         desk.jobs.succeed(slow, {}, "")
     assert read(desk.blobs.mask(done).read_bytes()).shape == SHAPE
+
+
+class Slow(Checkpoints):
+    """Takes so long to load a model that `meanwhile` happens."""
+
+    meanwhile = staticmethod(lambda: None)
+
+    def get(self, name):
+        self.meanwhile()
+        return super().get(name)
+
+
+def test_a_run_that_lost_its_job_leaves_the_bench_to_its_successor(desk):
+    with s3_server():
+        blobs = BucketStore(desk.blobs, Bucket(f"s3://{BUCKET}/jobs"), benched=3600)
+        slow = Slow(ModelShelf(desk.settings.models), "cpu", desk.settings.overlap, desk.settings.precision)
+        desk = replace(desk, blobs=blobs, checkpoints=slow)
+        job = add(desk, t2=scan("t2"))
+        bench = desk.settings.store / job.id
+        assert not bench.exists()
+
+        def lose():
+            desk.jobs.process_ended(job.id, "w@here")
+            assert desk.jobs.begin(job.id, "other@here").attempts == 2
+
+        slow.meanwhile = lose
+        run(job.id, desk)
+        assert desk.jobs.get(job.id).worker == "other@here"
+        assert [path.name for path in (bench / "input").iterdir()] == ["t2.nii.gz"]
+
+        desk.jobs.process_ended(job.id, "other@here")
+        slow.meanwhile = lambda: None
+        run(job.id, desk)
+        assert desk.jobs.get(job.id).state is JobState.SUCCEEDED
+        assert not bench.exists()
 
 
 def test_a_message_for_a_job_in_live_hands_does_nothing(desk):

@@ -126,7 +126,7 @@ def _two_steps(arguments: argparse.Namespace, backbone: str, device: torch.devic
             outcome.total.backward()
             terms = outcome.losses
             losses = [t.flatten() for t in (terms.fuse, terms.prm, terms.sep, terms.kl, terms.proto)]
-            gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+            gradients = [(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in network.parameters()]
             found.append((torch.cat(losses).detach().cpu(), torch.cat(gradients).cpu()))
     return found
 

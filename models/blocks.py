@@ -99,7 +99,10 @@ def conv_norm_act(
         made = made if plus is None else slabs.plus(made, plus)
         return slabs.norm_act(made, convolved_shape(parts[0], weight, stride), then_plus)
     kernel = weight.shape[-1]
-    x = pointwise(parts, weight, bias) if kernel == 1 else convolve(parts, weight, bias, stride, border, prepare)
+    if kernel == 1:
+        x = pointwise(parts, weight, bias, centred=True)
+    else:
+        x = convolve(parts, weight, bias, stride, border, prepare, centred=True)
     x = norm_act(x if plus is None else plus + x)
     return x if then_plus is None else then_plus + x
 

@@ -31,13 +31,17 @@ def convolve(
     stride: int = 1,
     border: Border = "reflect",
     prepare: Callable[[Tensor], Tensor] | None = None,
+    centred: bool = False,
 ) -> Tensor:
     """3x3x3 convolution of the concatenation of `parts`, each (B, c_i, D, H, W), padded by one voxel on every side.
 
     Gives (B, cout, D/stride, H/stride, W/stride). With `prepare`, a function without weights, it convolves what that
-    makes of each part; the backward pass keeps the part and prepares it again, which pays for upsampling.
+    makes of each part; the backward pass keeps the part and prepares it again, which pays for upsampling. `centred`: a
+    norm follows, which takes each channel's mean away, and the bias with it; the bias then gets no gradient, which
+    would be 0.
     """
     weight, bias, *parts = as_wanted(weight, bias, *parts)
+    bias = bias.detach() if centred else bias
     if prepare and torch.compiler.is_compiling():  # graphs decide themselves what they make again
         parts, prepare = [prepare(part) for part in parts], None
     if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in parts)):
@@ -56,18 +60,19 @@ def convolved_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
     return len(x), len(weight), *(-(-s // stride) for s in x.shape[2:])
 
 
-def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor, centred: bool = False) -> Tensor:
     """1x1x1 convolution of the concatenation of `parts`, each (B, c_i, D, H, W), as matrix products.
 
-    weight (cout, sum of c_i, 1, 1, 1); gives (B, cout, D, H, W).
+    weight (cout, sum of c_i, 1, 1, 1); gives (B, cout, D, H, W). `centred` as in `convolve`.
     """
     first = parts[0]
     if slabs.suit(*parts):
         return slabs.joined(slabs.pointwise(parts, weight, bias), convolved_shape(first, weight, 1))
     if onednn.fit(*parts):
-        y: Tensor = _Pointwise.apply(weight, bias, *parts)
+        y: Tensor = _Pointwise.apply(weight, bias.detach() if centred else bias, *parts)
         return y
     weight, bias, *parts = as_wanted(weight, bias, *parts)
+    bias = bias.detach() if centred else bias
     columns = weight.flatten(1).split([p.shape[1] for p in parts], dim=1)
     if is_channels_last(first):
         by_voxel = bias
@@ -102,7 +107,8 @@ class _Pointwise(torch.autograd.Function):
                 by_voxel = onednn.linear(g, column.T, None)
                 of_part = volume(by_voxel.unflatten(0, (len(part), -1)), part.shape[2:])
             of_parts.append(of_part)
-        return torch.cat(of_columns, dim=1).view_as(weight), g.sum(0), *of_parts
+        of_bias = g.sum(0) if ctx.needs_input_grad[1] else None
+        return torch.cat(of_columns, dim=1).view_as(weight), of_bias, *of_parts
 
 
 class _Convolve(torch.autograd.Function):
@@ -135,9 +141,8 @@ class _Convolve(torch.autograd.Function):
         with exact(weight.device), torch.no_grad():
             padded = _padded(prepared, ctx.border, ctx.fold)
             gradient = like(gradient, padded)
-            of_padded, of_weight, of_bias = _convolve_backward(
-                gradient, padded, weight, ctx.stride, needs_parts, ctx.fold
-            )
+            wanted = [needs_parts, True, ctx.needs_input_grad[1]]
+            of_padded, of_weight, of_bias = _convolve_backward(gradient, padded, weight, ctx.stride, wanted, ctx.fold)
             del padded
             of_parts: list[Any] = [None] * len(parts)
             if needs_parts:
@@ -250,22 +255,23 @@ def _convolve(padded: Tensor, weight: Tensor, bias: Tensor, stride: int, fold: i
 
 
 def _convolve_backward(
-    gradient: Tensor, padded: Tensor, weight: Tensor, stride: int, of_input: bool, fold: int
-) -> tuple[Any, Tensor, Tensor]:
-    """Gradients of the padded input (if asked for), the weight and the bias."""
+    gradient: Tensor, padded: Tensor, weight: Tensor, stride: int, wanted: list[bool], fold: int
+) -> Any:
+    """As `_backward`, of the padded input."""
+    of_input, *of_others = wanted
     if fold > 1:
         x, g = (folding.side_by_side(t, fold) for t in (padded, gradient))
         at_once = of_input and padded.shape[-1] == gradient.shape[-1] + 2
-        of_x, of_folded, of_bias = _backward(g, x, folding.folded(weight, fold), 1, [at_once, True, True])
+        of_x, of_folded, of_bias = _backward(g, x, folding.folded(weight, fold), 1, [at_once, *of_others])
         if at_once:
             of_x = folding.apart(of_x, fold)
         elif of_input:
             of_x, *_ = _backward(gradient, padded[..., : gradient.shape[-1] + 2], weight, 1, [True, False, False])
-        return of_x, folding.unfolded(of_folded, fold), of_bias.view(fold, -1).sum(0)
+        return of_x, folding.unfolded(of_folded, fold), None if of_bias is None else of_bias.view(fold, -1).sum(0)
     halves = _Halves.needed(padded, stride)
     x = padded if halves is None else halves.of_input(padded)
     g = gradient if halves is None else halves.of_gradient(gradient)
-    of_x, of_weight, of_bias = _backward(g, x, weight, stride, [of_input, True, True])
+    of_x, of_weight, of_bias = _backward(g, x, weight, stride, wanted)
     if halves is not None and of_input:
         of_x = halves.joined_gradient(of_x, padded)
     return of_x, of_weight, of_bias

@@ -91,6 +91,12 @@ class InPrecision:
         self._network = network
         self._precision = precision
 
+    def cast(self, weights: Sequence[Tensor]) -> None:
+        """Bring weights of convolutions to the precision at once, where they stay. For streams of a GPU that share
+        them: what one made another could read before it is there."""
+        with arithmetic(self._precision, weights[0].device):
+            as_wanted(*(w for w in weights if w.dim() in {1, 5}))
+
     def encode(self, x: Tensor, mask: Mask) -> Features:
         """See `Backbone.encode`."""
         with arithmetic(self._precision, x.device):

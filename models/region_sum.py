@@ -35,11 +35,13 @@ class _RegionSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         with exact(gradient.device):
-            return _gradients(gradient, *ctx.saved_tensors)
+            of_weights, of_matrix, *of_features = _gradients(gradient, *ctx.saved_tensors)
+            of_bias = gradient.sum((0, 2, 3, 4)) if ctx.needs_input_grad[3] else None
+            return None, of_weights, of_matrix, of_bias, *of_features
 
 
 def _gradients(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tensor, *features: Tensor) -> Any:
-    """Of the arguments of `_RegionSum`."""
+    """Of the weights, the matrix and the features."""
     if gradient.is_cuda:
         return _gradients_at_once(gradient, regions, weights, matrix, *features)
     f = [rows(feature) for feature in features]
@@ -55,7 +57,7 @@ def _gradients(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tenso
             of_weights[:, r, k] = torch.linalg.vecdot(of_sum.flatten(1), feature.flatten(1))
             of_features[k].addcmul_(of_sum, weights[:, r, k, None, None])
     found = [like(volume(t, gradient.shape[2:]), feature) for t, feature in zip(of_features, features, strict=True)]
-    return None, of_weights, torch.cat(of_matrix, dim=1).view_as(matrix), g.sum((0, 1)), *found
+    return of_weights, torch.cat(of_matrix, dim=1).view_as(matrix), *found
 
 
 def _region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -99,4 +101,4 @@ def _gradients_at_once(gradient: Tensor, regions: Tensor, weights: Tensor, matri
     of_weights = long_product(of_sums, f)
     of_features = torch.matmul(weights.transpose(1, 2), of_sums).unbind(1)
     found = [like(t.view_as(feature), feature) for t, feature in zip(of_features, features, strict=True)]
-    return None, of_weights, of_matrix, g.sum((0, 2)), *found
+    return of_weights, of_matrix, *found

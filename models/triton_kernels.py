@@ -107,9 +107,17 @@ def unpadded(gradient: Tensor) -> Tensor:
     batch, channels, *beyond = gradient.shape
     size = [s - 2 for s in beyond]
     found = torch.empty(batch, channels, *size, dtype=gradient.dtype, device=gradient.device)
-    plan = _Plan(found)
-    _unpad[plan.grid](gradient, found, channels, *size, LAST=_last(gradient), **plan.tile)
+    width = size[-1]
+    tile = {"VOXELS": min(max(_next_power(width), 16), 128), "CHANNELS": 8 if channels <= 8 else 16, "num_warps": 4}
+    blocks = -(-width // tile["VOXELS"])
+    grid = (size[0] * size[1] * blocks, -(-channels // tile["CHANNELS"]), batch)
+    _unpad[grid](gradient, found, channels, blocks, *size, LAST=_last(gradient), **tile)
     return found
+
+
+def _next_power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (n - 1).bit_length()
 
 
 class _Plan:
@@ -290,33 +298,38 @@ def _pad(  # type: ignore[no-untyped-def]
 
 
 @_kernel
+def _line(  # type: ignore[no-untyped-def]
+    base, i, j, k, c, inside, channels, depth, height, width, LAST: tl.constexpr
+):
+    """Of a padded volume's line at i, j: the voxels that those at k have become there."""
+    of_padded = (depth + 2) * (height + 2) * (width + 2)
+    first = (i * (height + 2) + j) * (width + 2)
+    value = tl.load(base + _at(first + k + 1, c, of_padded, channels, LAST), mask=inside, other=0.0).to(tl.float32)
+    image = first + tl.where(k == 1, 0, width + 1)
+    is_there = inside & ((k == 1) | (k == width - 2))
+    return value + tl.load(base + _at(image, c, of_padded, channels, LAST), mask=is_there, other=0.0).to(tl.float32)
+
+
+@_kernel
 def _unpad(  # type: ignore[no-untyped-def]
-    gradient, found, channels, depth, height, width,
+    gradient, found, channels, blocks, depth, height, width,
     LAST: tl.constexpr, VOXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    block, group, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    v = block * VOXELS + tl.arange(0, VOXELS)[:, None]
+    # Here a program's voxels are of one line, which is added to what it has become beyond the faces next to it.
+    line, group, sample = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    k = (tl.program_id(0) % blocks) * VOXELS + tl.arange(0, VOXELS)[:, None]
     c = group * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    voxels = depth * height * width
-    inside = (v < voxels) & (c < channels)
-    i = v // (width * height)
-    j = (v // width) % height
-    k = v % width
-    of_gradient = (depth + 2) * (height + 2) * (width + 2)
-    base = gradient + sample * channels * of_gradient
-    total = tl.zeros((VOXELS, CHANNELS), tl.float32)
-    # A voxel next to a face is also its neighbour's image beyond it: along each axis from up to two places.
-    for a in tl.static_range(2):
-        from_i = i + 1 if a == 0 else tl.where(i == 1, 0, depth + 1)
-        may_i = inside if a == 0 else inside & ((i == 1) | (i == depth - 2))
-        for b in tl.static_range(2):
-            from_j = j + 1 if b == 0 else tl.where(j == 1, 0, height + 1)
-            may_j = may_i if b == 0 else may_i & ((j == 1) | (j == height - 2))
-            for d in tl.static_range(2):
-                from_k = k + 1 if d == 0 else tl.where(k == 1, 0, width + 1)
-                may_k = may_j if d == 0 else may_j & ((k == 1) | (k == width - 2))
-                place = (from_i * (height + 2) + from_j) * (width + 2) + from_k
-                value = tl.load(base + _at(place, c, of_gradient, channels, LAST), mask=may_k, other=0.0)
-                total += value.to(tl.float32)
-    target = sample * channels * voxels + v + c * voxels
+    inside = (k < width) & (c < channels)
+    i, j = line // height, line % height
+    base = gradient + sample * channels * (depth + 2) * (height + 2) * (width + 2)
+    above, beside = tl.where(i == 1, 0, depth + 1), tl.where(j == 1, 0, height + 1)
+    total = _line(base, i + 1, j + 1, k, c, inside, channels, depth, height, width, LAST)
+    if (j == 1) | (j == height - 2):
+        total += _line(base, i + 1, beside, k, c, inside, channels, depth, height, width, LAST)
+    if (i == 1) | (i == depth - 2):
+        total += _line(base, above, j + 1, k, c, inside, channels, depth, height, width, LAST)
+        if (j == 1) | (j == height - 2):
+            total += _line(base, above, beside, k, c, inside, channels, depth, height, width, LAST)
+    of_found = depth * height * width
+    target = sample * channels * of_found + line * width + k + c * of_found
     tl.store(found + target, total.to(found.dtype.element_ty), mask=inside)

@@ -52,7 +52,8 @@ class Loss(nn.Module):
         self.ranks = ranks
         self._captured: Captured | None = None
         if graphs:
-            self._captured = Captured(self._computing, list(network.parameters()), classes, method.distils)
+            parameters, modalities = list(network.parameters()), len(modal_weight)
+            self._captured = Captured(self._computing, parameters, modalities, classes, method.distils)
 
     def forward(
         self, batch: Batch, counted: Sequence[int] | None = None, warm_up: bool = False, settled: bool = False

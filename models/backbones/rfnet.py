@@ -88,7 +88,8 @@ class RegionFusion(nn.Module):
             made = slabs.region_sum(present, regions, weights, matrix, bias)
             x = slabs.norm_act(made, (len(regions), len(matrix), *regions.shape[2:]))
         else:
-            x = norm_act(region_sum(present, regions, weights, matrix, bias))
+            # The norm takes the bias away again: its gradient would be 0.
+            x = norm_act(region_sum(present, regions, weights, matrix, bias.detach()))
         for layer in others:
             x = layer(x)
         return x

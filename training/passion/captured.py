@@ -6,7 +6,8 @@ they need, and the second is recorded. Two graphs each: stages 1 to 3 of `staged
 their weights on; between them the method weighs the losses, on the CPU if it wants to.
 
 What a graph computes cannot depend on values: so classes that a crop lacks are multiplied by 0 instead of left out, and
-losses whose weight is 0 are undone, too. The results are those of `staged`.
+losses whose weight is 0 are undone, too. What modalities do without each other are branches of a graph. The results are
+those of `staged`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.backbone import Backbone, Mask
+from models.backbone import Mask
+from models.precision import InPrecision
+from training.passion.branches import Branches
 from training.passion.losses import Truth
 from training.passion.objective import Terms
 from training.passion.staged import Gradients, StagedSample, Weigh, figures, staged
@@ -35,16 +38,17 @@ class _Graphs:
     undo: Any
     """From the losses' weights to the gradients."""
     sep: Tensor
-    touched: list[int]
-    """The parameters that get a gradient."""
 
 
 class Captured:
     """Steps of one sample on one GPU. Not for several processes: what they exchange is not recorded."""
 
-    def __init__(self, network: Backbone, parameters: Sequence[Tensor], classes: int, distil: bool) -> None:
+    def __init__(
+        self, network: InPrecision, parameters: Sequence[Tensor], modalities: int, classes: int, distil: bool
+    ) -> None:
         self._network, self._parameters = network, list(parameters)
         self._classes, self._distil = classes, distil
+        self._apart = Branches(self._parameters[0].device, modalities)
         self._seen: set[tuple[Mask, Mask]] = set()
         self._graphs: dict[tuple[Mask, Mask], _Graphs] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -55,10 +59,12 @@ class Captured:
     def __call__(
         self, x: Tensor, labels: Tensor, mask: Mask, present: Mask, weigh: Weigh
     ) -> tuple[Terms, dict[int, Tensor]]:
-        """As `staged`, of a batch of one. What it gives holds until the next call, which writes over it."""
+        """As `staged`, of a batch of one. What it gives holds until the next call, which writes over it; from the
+        second step of a subset on, that is every parameter's gradient, 0 where there is none."""
         key = (tuple(mask), tuple(present))
         if key not in self._seen:
             self._seen.add(key)
+            self._network.cast(self._parameters)
             return staged(
                 self._network,
                 self._parameters,
@@ -70,6 +76,7 @@ class Captured:
                 present=[present],
                 distil=self._distil,
                 counted=_there(Truth.of(labels[0], self._classes, x.dtype)),
+                apart=self._apart,
             )
         if not self._graphs:
             self._x, self._labels = torch.empty_like(x), torch.empty_like(labels)
@@ -83,7 +90,7 @@ class Captured:
         weights = weigh(graphs.losses)
         self._weights.copy_(torch.stack([weights.sep, weights.kl, weights.proto]))
         graphs.undo.replay()
-        return replace(graphs.losses, sep=graphs.sep), {i: self._gradients[i] for i in graphs.touched}
+        return replace(graphs.losses, sep=graphs.sep), dict(enumerate(self._gradients))
 
     def _record(self, mask: Mask, present: Mask) -> _Graphs:
         """Recording computes nothing yet."""
@@ -93,14 +100,15 @@ class Captured:
         gradients = Gradients(self._parameters, self._gradients)
         with self._recording(run):
             torch._foreach_zero_(self._gradients)
+            self._network.cast(self._parameters)
             truth = Truth.of(self._labels[0], self._classes, self._x.dtype)
-            sample = StagedSample(self._network, gradients, self._x, truth, mask, present)
+            sample = StagedSample(self._network, gradients, self._x, truth, mask, present, self._apart)
             sample.run(_there(truth), self._distil)
             losses = Terms(**figures([sample]), mask=masks[0], present=masks[1], samples=[])
         with self._recording(undo):
             sample.undo(*(row.unbind() for row in self._weights))
             sep = torch.stack(sample.sep)[None]
-        return _Graphs(run, losses, undo, sep, list(gradients.found))
+        return _Graphs(run, losses, undo, sep)
 
     def _recording(self, graph: Any) -> torch.cuda.graph:
         # On the stream of the steps, if that is not the default one, which cannot be recorded: autograd has a node for

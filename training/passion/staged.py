@@ -12,19 +12,23 @@ so can be undone alone:
 5. The separate paths run and are undone, one by one; without gradients for modalities whose `sep` has weight 0.
 6. The encoders are undone, one by one.
 
-Gradients are those of `terms` and `backward`, but for the order in which they are added up.
+A modality's encoder, student and separate path read and write no other's features: so all modalities may be at the same
+stage at once, see `Branches`. Gradients are those of `terms` and `backward`, but for the order in which they are added
+up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.backbone import Backbone, Features, Fused, Mask
+from training.passion.branches import Apart, in_turn
 from training.passion.distillation import SoftTargets, pixel_wise, semantic_wise
 from training.passion.losses import Truth, deep_supervision, probabilities, supervised
 from training.passion.objective import Coefficients, Terms, in_all, matrix
@@ -50,10 +54,12 @@ def staged(
     present: Sequence[Mask] | None = None,
     distil: bool = True,
     counted: Counted | None = None,
+    apart: Apart = in_turn,
 ) -> tuple[Terms, dict[int, Tensor]]:
     """`terms`, and the gradients of the total that `weigh` makes of them, by index in `parameters` where there are any.
 
-    Arguments as `terms`; `weigh` is called once. The terms come without graph and without `samples`.
+    Arguments as `terms`; `weigh` is called once. The terms come without graph and without `samples`. `apart` runs what
+    modalities do without each other.
     """
     present = masks if present is None else present
     truths = [Truth.of(own, classes, x.dtype) for own in labels]
@@ -62,7 +68,7 @@ def staged(
     gradients = Gradients(parameters)
     samples = []
     for b, truth in enumerate(truths):
-        sample = StagedSample(network, gradients, x[b : b + 1], truth, masks[b], present[b])
+        sample = StagedSample(network, gradients, x[b : b + 1], truth, masks[b], present[b], apart)
         sample.run(counted, distil)
         samples.append(sample)
     losses = Terms(
@@ -129,6 +135,10 @@ def assigning(total: Tensor, parameters: Sequence[Tensor], gradients: dict[int, 
     return known
 
 
+Found = list[tuple[int, Tensor]]
+"""Gradients, each with its parameter's index."""
+
+
 class Gradients:
     """Gradients of parameters, added up over several backward passes."""
 
@@ -140,26 +150,29 @@ class Gradients:
 
     def undo(
         self, outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None], leaves: Sequence[Tensor] = ()
-    ) -> None:
-        """A backward pass from the outputs whose gradient is there to the parameters and the leaves."""
+    ) -> Found:
+        """A backward pass from the outputs whose gradient is there. The leaves collect theirs; the parameters' wait for
+        `add`."""
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y is not None and g is not None]
         if not pairs:
-            return
+            return []
         ends = [*self._parameters, *leaves]
         found = torch.autograd.grad([y for y, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
-        of_parameters = [(i, g) for i, g in enumerate(found[: len(self._parameters)]) if g is not None]
         of_leaves = [(x, g) for x, g in zip(leaves, found[len(self._parameters) :], strict=True) if g is not None]
-        if self._zeros is not None:
-            self.found |= {i: self._zeros[i] for i, _ in of_parameters if i not in self.found}
-        # Two of them may be views of one memory, as those of mmFormer's tokens and positions are: so what they are
-        # added up in must be their own.
-        _add([(self.found[i], g) for i, g in of_parameters if i in self.found])
-        firsts = {i: g.clone(memory_format=torch.contiguous_format) for i, g in of_parameters if i not in self.found}
-        self.found |= firsts
         _add([(x.grad, g) for x, g in of_leaves if x.grad is not None])
         for x, g in of_leaves:
             if x.grad is None:
                 x.grad = g.clone()
+        return [(i, g) for i, g in enumerate(found[: len(self._parameters)]) if g is not None]
+
+    def add(self, found: Found) -> None:
+        """What `undo` gave."""
+        if self._zeros is not None:
+            self.found |= {i: self._zeros[i] for i, _ in found if i not in self.found}
+        # Two of them may be views of one memory, as those of mmFormer's tokens and positions are: so what they are
+        # added up in must be their own.
+        _add([(self.found[i], g) for i, g in found if i in self.found])
+        self.found |= {i: g.clone(memory_format=torch.contiguous_format) for i, g in found if i not in self.found}
 
 
 def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -173,13 +186,26 @@ class StagedSample:
     """One sample on its way through the stages."""
 
     def __init__(
-        self, network: Backbone, gradients: Gradients, x: Tensor, truth: Truth, mask: Mask, present: Mask
+        self,
+        network: Backbone,
+        gradients: Gradients,
+        x: Tensor,
+        truth: Truth,
+        mask: Mask,
+        present: Mask,
+        apart: Apart = in_turn,
     ) -> None:
+        """Stage 1."""
         self.network, self.gradients, self.truth = network, gradients, truth
-        self.mask, self.present = tuple(mask), tuple(present)
+        self.mask, self.present, self._apart = tuple(mask), tuple(present), apart
         self.fuse = self.prm = x.new_zeros(())
         self.sep, self.kl, self.proto, self.dist = ([x.new_zeros(())] * len(self.mask) for _ in range(4))
-        self._features = network.encode(x, present)
+        of_modality: dict[int, Features] = {}
+        self._apart([partial(self._encode, x, k) for k in _those(self.present)], of_modality.update)
+        self._features: Features = [
+            [of_modality[k][level][k] if k in of_modality else None for k in range(len(self.mask))]
+            for level in range(max(map(len, of_modality.values())))
+        ]
         self._leaves: Features = [[None if f is None else _leaf(f) for f in level] for level in self._features]
         self._paths: dict[int, _Path] = {}
         """By modality: its student, or the teacher where that is the same."""
@@ -192,7 +218,7 @@ class StagedSample:
         self.prm = teacher.collect(deep_supervision(cut.logits, cut.deep, self.truth))
         sure = teacher.taken()
         targets = SoftTargets.of(cut) if distil else None
-        there = [k for k, is_there in enumerate(self.mask) if is_there]
+        there = _those(self.mask)
         if targets and len(there) == 1:
             # Its own teacher: every value is 0, but the clamp leaves the pixel-wise term a gradient, as released.
             self.kl[there[0]] = teacher.collect(pixel_wise(cut, targets))
@@ -201,39 +227,41 @@ class StagedSample:
             return
         with torch.no_grad():
             goal = similarity(cut.feature, self.truth, counted) if distil else None
-        self._undo_path(teacher, (1.0, sure))
+        self.gradients.add(self._undo_path(teacher, there, (1.0, sure)))
         del teacher, cut, sure
         if targets is None or goal is None:
             return
-        for k in there:
-            student = _Path(self.network.fuse(self._leaves, [i == k for i in range(len(self.mask))]))
-            self.kl[k] = student.collect(pixel_wise(student.leaves, targets))
-            student.kl = student.taken()
-            proto, self.dist[k] = semantic_wise(similarity(student.leaves.feature, self.truth, counted), goal, counted)
-            self.proto[k] = student.collect([proto])
-            student.proto = student.taken()
-            student.leaves = student.fused  # their values are not needed any more
-            self._paths[k] = student
+        self._apart([partial(self._run_student, k, targets, goal, counted) for k in there], self._paths.update)
 
     def undo(self, of_sep: Weights, of_kl: Weights, of_proto: Weights) -> None:
         """Stages 4 to 6, with the losses' weights by modality."""
-        for k in list(self._paths):
-            path = self._paths.pop(k)
-            self._undo_path(path, (1.0, path.sure), (of_kl[k], path.kl), (of_proto[k], path.proto))
-            del path
-        for k, is_there in enumerate(self.present):
-            if is_there:
-                self.sep[k] = self._separate(k, of_sep[k])
-                leaves = [level[k] for level in self._leaves]
-                for level in self._leaves:
-                    level[k] = None
-                of_leaves = [None if f is None else f.grad for f in leaves]
-                self.gradients.undo([level[k] for level in self._features], of_leaves)
-                for level in self._features:
-                    level[k] = None
+        students, add = list(self._paths), self.gradients.add
+        self._apart([partial(self._undo_student, k, of_kl[k], of_proto[k]) for k in students], add)
+        present = _those(self.present)
+        self._apart([partial(self._separate, k, of_sep[k]) for k in present], add)
+        self._apart([partial(self._undo_encoder, k) for k in present], add)
+        self._leaves.clear()
 
-    def _separate(self, k: int, weight: float | Tensor) -> Tensor:
-        """`sep` of a modality."""
+    def _encode(self, x: Tensor, k: int) -> dict[int, Features]:
+        return {k: self.network.encode(x, self._alone(k))}
+
+    def _run_student(self, k: int, targets: SoftTargets, goal: Tensor, counted: Counted) -> dict[int, _Path]:
+        student = _Path(self.network.fuse(self._leaves, self._alone(k)))
+        self.kl[k] = student.collect(pixel_wise(student.leaves, targets))
+        student.kl = student.taken()
+        proto, self.dist[k] = semantic_wise(similarity(student.leaves.feature, self.truth, counted), goal, counted)
+        self.proto[k] = student.collect([proto])
+        student.proto = student.taken()
+        student.leaves = student.fused  # their values are not needed any more
+        return {k: student}
+
+    def _undo_student(self, k: int, of_kl: float | Tensor, of_proto: float | Tensor) -> Found:
+        path = self._paths.pop(k)
+        return self._undo_path(path, [k], (1.0, path.sure), (of_kl, path.kl), (of_proto, path.proto))
+
+    def _separate(self, k: int, weight: float | Tensor) -> Found:
+        """Stage 5 of a modality."""
+        found: Found = []
         counts = not _is_zero(weight)
         alone: Features = [[f if i == k else None for i, f in enumerate(level)] for level in self._leaves]
         with torch.set_grad_enabled(counts):
@@ -243,12 +271,26 @@ class StagedSample:
             if counts:
                 own = [f for level in alone for f in level if f is not None]
                 of_loss = weight if isinstance(weight, Tensor) else loss.new_tensor(weight)
-                self.gradients.undo([loss], [of_loss], own)
-        return loss.detach()
+                found = self.gradients.undo([loss], [of_loss], own)
+        self.sep[k] = loss.detach()
+        return found
 
-    def _undo_path(self, path: _Path, *weighted: tuple[float | Tensor, ByOutput]) -> None:
-        leaves = [f for level in self._leaves for f in level if f is not None]
-        self.gradients.undo(_outputs(path.fused), path.summed(*weighted), leaves)
+    def _undo_encoder(self, k: int) -> Found:
+        features = [level[k] for level in self._features]
+        of_features = [None if f is None else f.grad for f in (level[k] for level in self._leaves)]
+        for level in self._features:
+            level[k] = None
+        return self.gradients.undo(features, of_features)
+
+    def _undo_path(
+        self, path: _Path, of_modalities: Sequence[int], *weighted: tuple[float | Tensor, ByOutput]
+    ) -> Found:
+        """`of_modalities`: whose features the path has read."""
+        leaves = [f for level in self._leaves for k in of_modalities if (f := level[k]) is not None]
+        return self.gradients.undo(_outputs(path.fused), path.summed(*weighted), leaves)
+
+    def _alone(self, k: int) -> Mask:
+        return [i == k for i in range(len(self.mask))]
 
 
 class _Path:
@@ -294,6 +336,10 @@ class _Path:
                     else:
                         so_far.add_(gradient, alpha=weight)
         return sums
+
+
+def _those(mask: Mask) -> list[int]:
+    return [k for k, is_there in enumerate(mask) if is_there]
 
 
 def _is_zero(weight: float | Tensor) -> bool:

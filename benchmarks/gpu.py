@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=16, help="phantoms of the epoch")
     parser.add_argument("--epochs", type=int, default=4, help="the first is not counted")
     parser.add_argument("--masks", type=int, default=10, help="phantoms that are segmented in both precisions")
+    parser.add_argument("--checkpoint", nargs="+", type=Path, default=[DEMO], help="models that segment them")
     parser.add_argument("--shape", type=int, nargs=3, default=[240, 240, 155], help="voxels of a phantom, of 1 mm")
     parser.add_argument("--workers", type=int, default=4, help="loader processes of the epoch")
     parser.add_argument("--compile", action="store_true", help="compiled steps, too, which take minutes to begin")
@@ -202,28 +203,35 @@ def windows(arguments: argparse.Namespace, _device: torch.device, _folder: Path,
 
 
 def masks(arguments: argparse.Namespace, device: torch.device, folder: Path, record: dict) -> list[dict]:
-    """The demo model's masks of phantoms, all modalities, in bfloat16 against those in float32; the last row is all."""
+    """Masks of phantoms, all modalities, in bfloat16 against those in float32; the last row of a model is all."""
     if "bfloat16" not in record["rates"]:
         return []
-    checkpoint = Checkpoint.load(DEMO, device)
     shape = (arguments.shape[0], arguments.shape[1], arguments.shape[2])
+    subjects = (make_subject(4052, index, shape=shape) for index in range(1, arguments.masks + 1))
+    cases = [write_subject(folder / "unseen", subject) for subject in subjects]
     rows = []
-    for index in range(1, arguments.masks + 1):
-        case = write_subject(folder / "unseen", make_subject(4052, index, shape=shape))
-        scans = {m: case / f"{case.name}_{m}.nii.gz" for m in PRESENT[4]}
-        exact, reduced = (Predictor(checkpoint, device, precision=p).segment(scans).classes for p in PRECISIONS)
-        tumour = int(np.count_nonzero(exact))
-        differ = int(np.count_nonzero(exact != reduced))
-        share = 100 * differ / max(tumour, 1)
-        rows.append({"mask of phantom": index, "tumour voxels": tumour, "differ": differ, "differ, %": share})
-    tumour, differ = (sum(row[key] for row in rows) for key in ("tumour voxels", "differ"))
-    whole = {
-        "mask of phantom": "all",
-        "tumour voxels": tumour,
-        "differ": differ,
-        "differ, %": 100 * differ / max(tumour, 1),
-    }
-    return [*rows, whole]
+    for path in arguments.checkpoint:
+        checkpoint = Checkpoint.load(path, device)
+        exact, reduced = (Predictor(checkpoint, device, precision=p) for p in PRECISIONS)
+        sums = [0, 0]
+        for number, case in enumerate([*cases, None], 1):
+            if case is not None:
+                scans = {m: case / f"{case.name}_{m}.nii.gz" for m in PRESENT[4]}
+                one, other = (p.segment(scans).classes for p in (exact, reduced))
+                tumour, differ = int(np.count_nonzero(one)), int(np.count_nonzero(one != other))
+                sums = [sums[0] + tumour, sums[1] + differ]
+            else:
+                tumour, differ = sums
+            rows.append(
+                {
+                    "masks of": checkpoint.card.name,
+                    "phantom": "all" if case is None else str(number),
+                    "tumour voxels": tumour,
+                    "differ": differ,
+                    "differ, %": 100 * differ / max(tumour, 1),
+                }
+            )
+    return rows
 
 
 def epoch(arguments: argparse.Namespace, device: torch.device, folder: Path, record: dict) -> list[dict]:

@@ -193,12 +193,7 @@ class Trainer:
                 (outcome.total * self.ranks.world).backward()
             outcomes.append(outcome._replace(total=outcome.total.detach()))
         losses = Terms.joined([outcome.losses for outcome in outcomes])
-        sums = self.ranks.sum(_sums(outcomes, losses))
-        if not torch.isfinite(sums[0]):
-            raise UserError(
-                f"the loss is {sums[0].item()} in epoch {self.state.epoch}, step {self.state.step}: "
-                f"lower learning_rate; the checkpoint of the last epoch is in {self.folder}"
-            )
+        figures = _sums(outcomes, losses)
         for parameter in self.network.parameters():
             if parameter.grad is None:
                 # As released: weights that a subject does not touch have gradient 0, and AdamW still moves them.
@@ -211,6 +206,13 @@ class Trainer:
             with self.ranks.alike((self.config.seed, self.state.epoch, self.state.step), self.device):
                 method.after_backward(self.network)
         self.optimiser.step()
+        # Looked at last: until here a GPU need not wait for this process.
+        sums = self.ranks.sum(figures.to("cpu", torch.float64))
+        if not torch.isfinite(sums[0]):
+            raise UserError(
+                f"the loss is {sums[0].item()} in epoch {self.state.epoch}, step {self.state.step}: "
+                f"lower learning_rate; the checkpoint of the last epoch is in {self.folder}"
+            )
         for name, value in zip(self.state.sums, sums.tolist(), strict=True):
             self.state.sums[name] += value
         return losses
@@ -374,10 +376,10 @@ class Trainer:
 
 
 def _sums(outcomes: Sequence[Outcome], losses: Terms) -> Tensor:
-    """A step's loss parts, `PARTS` and by modality, summed over this rank's samples; float64 on the CPU."""
+    """A step's loss parts, `PARTS` and by modality, summed over this rank's samples."""
     parts = [getattr(losses, part).sum() for part in PARTS[1:]]
     scalars = torch.stack([torch.stack([o.total for o in outcomes]).sum(), *parts])
-    return torch.cat([scalars, losses.sep.sum(0), losses.present.sum(0)]).to("cpu", torch.float64)
+    return torch.cat([scalars, losses.sep.sum(0), losses.present.sum(0)])
 
 
 def _task(task: Task, config: TrainConfig) -> Task:

@@ -30,6 +30,8 @@ class Branches:
 
     def __init__(self, device: torch.device, number: int) -> None:
         self._streams = [torch.cuda.Stream(device) for _ in range(number)]
+        # A weight's gradients come from several streams, which torch waits for, and warns of.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
     def __call__(self, paths: Sequence[Callable[[], T]], then: Callable[[T], None]) -> None:
         """Run the paths, and then `then` with what each gave, in order."""
@@ -38,8 +40,11 @@ class Branches:
             return
         here, streams = torch.cuda.current_stream(), self._streams[: len(paths)]
         found = []
-        for stream, path in zip(streams, paths, strict=True):
+        for (
+            stream
+        ) in streams:  # before any path: its backward pass hands gradients over here, for which others would wait
             stream.wait_stream(here)
+        for stream, path in zip(streams, paths, strict=True):
             with torch.cuda.stream(stream):
                 found.append(path())
         for stream in streams:

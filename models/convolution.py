@@ -40,7 +40,9 @@ def convolve(
     norm follows, which takes each channel's mean away, and the bias with it; the bias then gets no gradient, which
     would be 0.
     """
-    weight, bias, *parts = as_wanted(weight, bias, *parts)
+    if weight.shape[1] > 1 or torch.is_grad_enabled():
+        weight, bias, *parts = as_wanted(weight, bias, *parts)
+    # else a scan itself, for whose grey values bfloat16 is too coarse: half of what it changed in masks came from there
     bias = bias.detach() if centred else bias
     if prepare and torch.compiler.is_compiling():  # graphs decide themselves what they make again
         parts, prepare = [prepare(part) for part in parts], None
@@ -52,7 +54,8 @@ def convolve(
     if slabs.suit(*parts):
         made = slabs.convolve(parts, weight, bias, stride, border == "reflect")
         return slabs.joined(made, convolved_shape(parts[0], weight, stride))
-    return _convolve(_padded(parts, border), weight, bias, stride)
+    with exact(weight.device):
+        return _convolve(_padded(parts, border), weight, bias, stride)
 
 
 def convolved_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:

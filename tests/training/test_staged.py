@@ -8,6 +8,7 @@ from models.task import Task
 from training.footprint import Ledger, Patch
 from training.methods import METHODS, build_method
 from training.methods.base import settle
+from training.passion.branches import in_turn
 from training.passion.objective import Coefficients, terms
 from training.passion.staged import assigning, staged, with_gradients
 
@@ -80,6 +81,27 @@ def test_the_losses_and_gradients_are_those_of_the_whole_graph(backbone, present
     assert lagging.any()
     assert not lagging.all()
     assert_equal(got, wanted)
+
+
+def test_all_modalities_may_be_at_a_stage_at_once():
+    """As on a GPU, where what each gives is taken when the last one is there; in another order, as nobody waits."""
+    network, x, labels = made("rfnet")
+    parameters = list(network.parameters())
+    weights = Coefficients(*(torch.tensor([0.7, 1.3, 0.9, 1.1], dtype=torch.float64),) * 3)
+
+    def at_once(paths, then):
+        found = [path() for path in reversed(paths)]
+        for each in reversed(found):
+            then(each)
+
+    def step(apart):
+        return staged(network, parameters, x, labels, MASKS, 4, lambda _losses: weights, apart=apart)
+
+    (in_turn_losses, wanted), (losses, got) = step(in_turn), step(at_once)
+    for name in LOSSES:
+        assert torch.equal(getattr(losses, name), getattr(in_turn_losses, name))
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[i], got[i]) for i in wanted)
 
 
 @pytest.mark.parametrize(

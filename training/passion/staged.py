@@ -240,7 +240,7 @@ class StagedSample:
         present = _those(self.present)
         self._apart([partial(self._separate, k, of_sep[k]) for k in present], add)
         self._apart([partial(self._undo_encoder, k) for k in present], add)
-        self._leaves.clear()
+        self._leaves.clear()  # not before all are through, see `Branches`
 
     def _encode(self, x: Tensor, k: int) -> dict[int, Features]:
         return {k: self.network.encode(x, self._alone(k))}

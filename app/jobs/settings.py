@@ -154,7 +154,10 @@ class Settings(BaseSettings):
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     overlap: float = Field(
-        default=0.5, ge=0, le=0.9, description="Share of a window that the next one covers again; 0.25 is faster and less accurate."
+        default=0.5,
+        ge=0,
+        le=0.9,
+        description="Share of a window that the next one covers again; 0.25 is faster and less accurate.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the encoders' arithmetic; bfloat16 is for a GPU that has it."

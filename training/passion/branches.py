@@ -29,6 +29,7 @@ class Branches:
     """
 
     def __init__(self, device: torch.device, number: int) -> None:
+        self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(number)]
         # A weight's gradients come from several streams, which torch waits for, and warns of.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
@@ -38,11 +39,10 @@ class Branches:
         if len(paths) < 2:
             in_turn(paths, then)
             return
-        here, streams = torch.cuda.current_stream(), self._streams[: len(paths)]
+        here, streams = torch.cuda.current_stream(self._device), self._streams[: len(paths)]
         found = []
-        for (
-            stream
-        ) in streams:  # before any path: its backward pass hands gradients over here, for which others would wait
+        # Before any path: its backward pass hands gradients over to the current stream, for which others would wait.
+        for stream in streams:
             stream.wait_stream(here)
         for stream, path in zip(streams, paths, strict=True):
             with torch.cuda.stream(stream):

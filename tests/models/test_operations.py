@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from models.convolution import _fold, convolve, pointwise
 from models.layout import channel, in_fast_layout, is_channels_last, like, rows, volume
 from models.normalisation import EPS, SMALL, norm_act
+from models.precision import arithmetic
 from models.region_sum import region_sum
 
 LAYOUTS = {"by channel": torch.contiguous_format, "channels last": torch.channels_last_3d}
@@ -143,3 +144,13 @@ def test_a_convolution_of_voxels_side_by_side(width, out):
     assert is_channels_last(found[0][0])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-5 * other.abs().max().item())
+
+
+def test_a_scan_itself_is_convolved_in_single_precision_at_inference():
+    scan, weight, bias = random(1, 1, 6, 6, 6).float(), random(2, 1, 3, 3, 3, seed=1).float(), random(2, seed=2).float()
+    exact = convolve([scan], weight, bias)
+    with arithmetic("bfloat16", scan.device):
+        with torch.inference_mode():
+            assert torch.equal(convolve([scan], weight, bias), exact)
+            assert convolve([exact], random(2, 2, 3, 3, 3).float(), bias).dtype == torch.bfloat16
+        assert convolve([scan], weight.requires_grad_(), bias).dtype == torch.bfloat16  # in training

@@ -213,24 +213,23 @@ def masks(arguments: argparse.Namespace, device: torch.device, folder: Path, rec
     for path in arguments.checkpoint:
         checkpoint = Checkpoint.load(path, device)
         exact, reduced = (Predictor(checkpoint, device, precision=p) for p in PRECISIONS)
-        sums = [0, 0]
-        for number, case in enumerate([*cases, None], 1):
-            if case is not None:
-                scans = {m: case / f"{case.name}_{m}.nii.gz" for m in PRESENT[4]}
-                one, other = (p.segment(scans).classes for p in (exact, reduced))
-                tumour, differ = int(np.count_nonzero(one)), int(np.count_nonzero(one != other))
-                sums = [sums[0] + tumour, sums[1] + differ]
-            else:
-                tumour, differ = sums
-            rows.append(
-                {
-                    "masks of": checkpoint.card.name,
-                    "phantom": "all" if case is None else str(number),
-                    "tumour voxels": tumour,
-                    "differ": differ,
-                    "differ, %": 100 * differ / max(tumour, 1),
-                }
-            )
+        counts = []
+        for case in cases:
+            scans = {m: case / f"{case.name}_{m}.nii.gz" for m in PRESENT[4]}
+            one, other = (p.segment(scans).classes for p in (exact, reduced))
+            counts.append((int(np.count_nonzero(one)), int(np.count_nonzero(one != other))))
+        counts.append((sum(tumour for tumour, _ in counts), sum(differ for _, differ in counts)))
+        phantoms = [*map(str, range(1, len(cases) + 1)), "all"]
+        rows += [
+            {
+                "masks of": checkpoint.card.name,
+                "phantom": phantom,
+                "tumour voxels": tumour,
+                "differ": differ,
+                "differ, %": 100 * differ / max(tumour, 1),
+            }
+            for phantom, (tumour, differ) in zip(phantoms, counts, strict=True)
+        ]
     return rows
 
 

@@ -246,6 +246,7 @@ class StagedSample:
         return {k: self.network.encode(x, self._alone(k))}
 
     def _run_student(self, k: int, targets: SoftTargets, goal: Tensor, counted: Counted) -> dict[int, _Path]:
+        """Stage 3 of a modality; `goal` (counted, V) is the teacher's similarity."""
         student = _Path(self.network.fuse(self._leaves, self._alone(k)))
         self.kl[k] = student.collect(pixel_wise(student.leaves, targets))
         student.kl = student.taken()
@@ -256,6 +257,7 @@ class StagedSample:
         return {k: student}
 
     def _undo_student(self, k: int, of_kl: float | Tensor, of_proto: float | Tensor) -> Found:
+        """Stage 4 of a modality."""
         path = self._paths.pop(k)
         return self._undo_path(path, [k], (1.0, path.sure), (of_kl, path.kl), (of_proto, path.proto))
 
@@ -276,6 +278,7 @@ class StagedSample:
         return found
 
     def _undo_encoder(self, k: int) -> Found:
+        """Stage 6 of a modality."""
         features = [level[k] for level in self._features]
         of_features = [None if f is None else f.grad for f in (level[k] for level in self._leaves)]
         for level in self._features:

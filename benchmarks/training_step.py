@@ -78,8 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     figures = []
     with ground(device, is_ours):
         network, total, after_backward = _work(arguments, task, mask, device)
-        fused = is_ours and on_gpu
-        optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True, fused=fused)
+        optimiser = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True, fused=is_ours)
         step = _step(total, after_backward, optimiser, device)
         for number in range(arguments.steps):
             forward, backward = step()

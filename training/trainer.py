@@ -92,7 +92,7 @@ class Trainer:
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             amsgrad=True,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
         method = build_method(config.method, self.task.names, len(self.task.labels))
         self.state = RunState(0, 0, method, self._no_sums(), 0.0)

@@ -47,14 +47,16 @@ class _NormAct(torch.autograd.Function):
         if triton_kernels.suit(y):
             gradient = gradient if triton_kernels.suit(gradient) else gradient.contiguous()
             return triton_kernels.norm_act_backward(gradient, y, inverse_deviation, SLOPE, ctx.channels_last)
-        matrix, gradient = _Matrix(y), single(gradient)
-        flat_y = single(matrix.of(y))
-        g: Tensor = torch.ops.aten.leaky_relu_backward(matrix.of(gradient), flat_y, SLOPE, True)
+        matrix = _Matrix(y)
+        flat_g, flat_y = matrix.of(single(gradient)), single(matrix.of(y))
+        g: Tensor = torch.ops.aten.leaky_relu_backward(flat_g, flat_y, SLOPE, True)
+        inverse = matrix.spread(inverse_deviation)
+        shift = inverse * matrix.spread(-matrix.mean(g))
+        # g times the normalised map, as in both the slope is a factor of one of the two.
+        factor = inverse * matrix.spread(-matrix.mean(flat_g * flat_y))
         # LeakyReLU can be undone, so its input, the normalised map, need not be kept.
         normalised = F.leaky_relu(flat_y, 1 / SLOPE)
-        mean = matrix.mean(g)
-        g.addcmul_(normalised, matrix.spread(-matrix.mean(g * normalised)))
-        g.sub_(matrix.spread(mean)).mul_(matrix.spread(inverse_deviation))
+        torch.addcmul(shift, g, inverse, out=g).addcmul_(normalised, factor)
         return matrix.back(g).to(y.dtype)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models import onednn
 from models.layout import like, long_product, rows, volume
 from models.precision import as_wanted, exact
+
+CHUNK = 2**14
+"""Voxels."""
 
 
 def region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -44,20 +49,30 @@ def _gradients(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tenso
     """Of the weights, the matrix and the features."""
     if gradient.is_cuda:
         return _gradients_at_once(gradient, regions, weights, matrix, *features)
-    f = [rows(feature) for feature in features]
-    p, g = rows(regions), rows(gradient)
-    of_features = [torch.zeros_like(t) for t in f]
-    of_weights, of_matrix = torch.empty_like(weights), []
-    for r, block in enumerate(matrix.flatten(1).chunk(p.shape[2], dim=1)):
-        masked = p[..., r : r + 1] * g
-        of_sum = torch.matmul(masked, block)
-        summed = _weighted(f, weights[:, r])
-        of_matrix.append(torch.matmul(masked.transpose(1, 2), summed).sum(0))
-        for k, feature in enumerate(f):
-            of_weights[:, r, k] = torch.linalg.vecdot(of_sum.flatten(1), feature.flatten(1))
-            of_features[k].addcmul_(of_sum, weights[:, r, k, None, None])
+    f, p, g = [rows(feature) for feature in features], rows(regions), rows(gradient)
+    count, cout = p.shape[2], g.shape[2]
+    blocks = matrix.flatten(1).unflatten(1, (count, -1))  # (cout, R, c)
+    spread = torch.eye(count, dtype=p.dtype, device=p.device).repeat_interleave(cout, 1)  # (R, R * cout)
+    of_features = [torch.empty_like(t) for t in f]
+    products = g.new_zeros(len(g), count * cout, sum(t.shape[2] for t in f))  # of p_r g and f
+    for b, voxels in product(range(len(g)), _chunks(g.shape[1])):
+        masked = g[b, voxels].repeat(1, count).mul_(p[b, voxels] @ spread)
+        products[b].addmm_(masked.T, torch.cat([t[b, voxels] for t in f], dim=1))
+        back = torch.einsum("rk,orc->kcro", weights[b], blocks).flatten(2).flatten(0, 1)
+        of_parts = onednn.linear(masked, back, None) if onednn.fit(masked) else masked @ back.T
+        for of_feature, part in zip(of_features, of_parts.split([t.shape[2] for t in f], dim=1), strict=True):
+            of_feature[b, voxels] = part
+    by_block = products.unflatten(1, (count, cout)).unflatten(3, (len(f), -1))
+    of_weights = torch.einsum("brokc,orc->brk", by_block, blocks)
+    of_matrix = torch.einsum("brokc,brk->orc", by_block, weights).reshape_as(matrix)
     found = [like(volume(t, gradient.shape[2:]), feature) for t, feature in zip(of_features, features, strict=True)]
-    return of_weights, torch.cat(of_matrix, dim=1).view_as(matrix), *found
+    return of_weights, of_matrix, *found
+
+
+def _chunks(voxels: int) -> Iterator[slice]:
+    """As many voxels at a time as leave what is made of them in the processor's cache."""
+    for start in range(0, voxels, CHUNK):
+        yield slice(start, start + CHUNK)
 
 
 def _region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:

@@ -30,8 +30,10 @@ def tolerances(backbone: str, layout: str) -> tuple[float, float, float]:
     """
     if backbone == "mmformer":
         return 5e-5, 1e-3, 1e-3
-    if backbone == "rfnet":  # the gradients of its region weights are what large sums leave, 1e-3, with their rounding
-        return (5e-5, *[5e-3 if layout == "by channel" else 1e-2] * 2)
+    if backbone == "rfnet":
+        # Gradients of its region weights are what large sums leave, 1e-3, with their rounding: at 80^3 the golden ones
+        # are 5.5e-3 away from double precision, where ours are within 1.2e-3.
+        return 5e-5, 1e-2, 1e-2
     return (5e-5, 1e-3, 5e-2) if layout == "by channel" else (2.5e-4, 5e-3, 5e-2)
 
 

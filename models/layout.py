@@ -7,11 +7,13 @@ memory in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+IN_CACHE = 2**14
+"""Voxels."""
 PARTS = 64
 """Of voxels, that are multiplied side by side."""
 
@@ -57,6 +59,12 @@ def volume(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `rows`: (B, V, c) -> (B, c, D, H, W), channels last, with `shape` = (D, H, W)."""
     volumes: Tensor = x.unflatten(1, tuple(shape)).movedim(-1, 1)
     return volumes
+
+
+def in_cache(number: int) -> Iterator[slice]:
+    """`number` voxels in turn, as many at a time as leave what is made of them in a processor's cache."""
+    for start in range(0, number, IN_CACHE):
+        yield slice(start, start + IN_CACHE)
 
 
 def long_product(a: Tensor, b: Tensor) -> Tensor:

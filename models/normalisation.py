@@ -52,7 +52,7 @@ class _NormAct(torch.autograd.Function):
         g: Tensor = torch.ops.aten.leaky_relu_backward(flat_g, flat_y, SLOPE, True)
         inverse = matrix.spread(inverse_deviation)
         shift = inverse * matrix.spread(-matrix.mean(g))
-        # g times the normalised map, as in both the slope is a factor of one of the two.
+        # The gradient times y is g times the normalised map: the slope is a factor of the one or of the other.
         factor = inverse * matrix.spread(-matrix.mean(flat_g * flat_y))
         # LeakyReLU can be undone, so its input, the normalised map, need not be kept.
         normalised = F.leaky_relu(flat_y, 1 / SLOPE)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models import onednn
-from models.layout import like, long_product, rows, volume
+from models.layout import in_cache, like, long_product, rows, volume
 from models.precision import as_wanted, exact
-
-CHUNK = 2**14
-"""Voxels."""
 
 
 def region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -46,33 +42,29 @@ class _RegionSum(torch.autograd.Function):
 
 
 def _gradients(gradient: Tensor, regions: Tensor, weights: Tensor, matrix: Tensor, *features: Tensor) -> Any:
-    """Of the weights, the matrix and the features."""
+    """Of the weights (B, R, P), of the matrix (cout, R * c, 1, 1, 1) and of each feature (B, c, D, H, W), for that of
+    the sum, (B, cout, D, H, W)."""
     if gradient.is_cuda:
         return _gradients_at_once(gradient, regions, weights, matrix, *features)
     f, p, g = [rows(feature) for feature in features], rows(regions), rows(gradient)
     count, cout = p.shape[2], g.shape[2]
     blocks = matrix.flatten(1).unflatten(1, (count, -1))  # (cout, R, c)
     spread = torch.eye(count, dtype=p.dtype, device=p.device).repeat_interleave(cout, 1)  # (R, R * cout)
+    back = torch.einsum("brk,orc->bkcro", weights, blocks).flatten(3).flatten(1, 2)  # (B, P * c, R * cout)
     of_features = [torch.empty_like(t) for t in f]
-    products = g.new_zeros(len(g), count * cout, sum(t.shape[2] for t in f))  # of p_r g and f
-    for b, voxels in product(range(len(g)), _chunks(g.shape[1])):
-        masked = g[b, voxels].repeat(1, count).mul_(p[b, voxels] @ spread)
-        products[b].addmm_(masked.T, torch.cat([t[b, voxels] for t in f], dim=1))
-        back = torch.einsum("rk,orc->kcro", weights[b], blocks).flatten(2).flatten(0, 1)
-        of_parts = onednn.linear(masked, back, None) if onednn.fit(masked) else masked @ back.T
-        for of_feature, part in zip(of_features, of_parts.split([t.shape[2] for t in f], dim=1), strict=True):
-            of_feature[b, voxels] = part
+    products = torch.zeros_like(back.mT)  # of p_r g and f
+    for b in range(len(g)):
+        for voxels in in_cache(g.shape[1]):
+            masked = g[b, voxels].repeat(1, count).mul_(p[b, voxels] @ spread)
+            products[b].addmm_(masked.T, torch.cat([t[b, voxels] for t in f], dim=1))
+            of_parts = onednn.product(masked, back[b]).chunk(len(f), dim=1)
+            for of_feature, part in zip(of_features, of_parts, strict=True):
+                of_feature[b, voxels] = part
     by_block = products.unflatten(1, (count, cout)).unflatten(3, (len(f), -1))
     of_weights = torch.einsum("brokc,orc->brk", by_block, blocks)
     of_matrix = torch.einsum("brokc,brk->orc", by_block, weights).reshape_as(matrix)
     found = [like(volume(t, gradient.shape[2:]), feature) for t, feature in zip(of_features, features, strict=True)]
     return of_weights, of_matrix, *found
-
-
-def _chunks(voxels: int) -> Iterator[slice]:
-    """As many voxels at a time as leave what is made of them in the processor's cache."""
-    for start in range(0, voxels, CHUNK):
-        yield slice(start, start + CHUNK)
 
 
 def _region_sum(features: Sequence[Tensor], regions: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:

@@ -21,24 +21,24 @@ LAYOUTS = {"by channel": torch.contiguous_format, "channels last": torch.channel
 
 
 def tolerances(backbone: str, layout: str) -> tuple[float, float, float]:
-    """Of a probability, absolute, and of a gradient norm, relative, in M2FTrans's bottleneck and elsewhere.
+    """Of a probability, absolute, and of a gradient norm, relative, of weights that magnify rounding and of others.
 
     tests/golden/README.md says where each comes from. M2FTrans magnifies rounding: its golden figures, made channel by
     channel, are up to 1.2e-4 (probabilities) and 3.3e-3 (bottleneck) away from double precision, as a value before a
     LeakyReLU lies within rounding of 0. Whoever does not round as they did needs that much more;
-    `test_m2ftrans_is_near_double_precision...` shows it, and holds channels last to less.
+    `test_m2ftrans_is_near_double_precision...` shows it, and holds channels last to less. RFNet's region weights have
+    gradients of 1e-3, which large sums leave with their rounding; `test_rfnets_region_weights...` shows it.
     """
     if backbone == "mmformer":
         return 5e-5, 1e-3, 1e-3
     if backbone == "rfnet":
-        # Gradients of its region weights are what large sums leave, 1e-3, with their rounding: at 80^3 the golden ones
-        # are 5.5e-3 away from double precision, where ours are within 1.2e-3.
-        return 5e-5, 1e-2, 1e-2
+        return 5e-5, 1e-2, 5e-3
     return (5e-5, 1e-3, 5e-2) if layout == "by channel" else (2.5e-4, 5e-3, 5e-2)
 
 
-def in_bottleneck(key: str) -> bool:
-    return key.startswith("Bottleneck.") or key in {"pos", "fusion"}
+def magnifies(key: str) -> bool:
+    """Whether a weight is of M2FTrans's bottleneck or one of RFNet's region weights."""
+    return key.startswith("Bottleneck.") or key in {"pos", "fusion"} or ".weight_layer." in key
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -57,7 +57,7 @@ def test_the_network_equals_the_golden_case(name, layout):
     case = load_case(name)
     x = case.x.contiguous(memory_format=LAYOUTS[layout])
     want = case.figures
-    of_probability, of_bottleneck, of_others = tolerances(backbone, layout)
+    of_probability, of_magnified, of_others = tolerances(backbone, layout)
     task = Task.load("glioma").model_copy(update={"patch_size": (int(size),) * 3})
     network = build(backbone, task, width=8).eval()
     fill_weights(network)
@@ -103,7 +103,7 @@ def test_the_network_equals_the_golden_case(name, layout):
         errors[key] = abs(ours_norm - golden_norm) / max(golden_norm, 1e-3)
         if key.endswith(".bias") and 0 < golden_norm < NOISE and ours_norm < NOISE:
             continue
-        if errors[key] >= (of_bottleneck if in_bottleneck(key) else of_others):
+        if errors[key] >= (of_magnified if magnifies(key) else of_others):
             too_far.append(f"{key}: {errors[key]:.2e}")
     assert not too_far
     assert set(errors) == set(want["grad_norm"])
@@ -144,15 +144,41 @@ def test_m2ftrans_is_near_double_precision_which_the_golden_figures_are_not(name
         got = terms(network, x, case.labels, case.masks, classes=4)
         got.passion(*(torch.tensor(case.figures[key], dtype=dtype) for key in ("beta", "modal_weight"))).backward()
         probabilities[dtype] = torch.cat([sample.teacher.logits.detach().softmax(1).double() for sample in got.samples])
-        norms[dtype] = {k: p.grad.norm().item() for k, p in network.named_parameters() if in_bottleneck(k)}
-
-    def off(those):
-        """Largest relative difference of a gradient norm from double precision, as `tolerances` counts it."""
-        return max(abs(those[key] - norm) / max(norm, 1e-3) for key, norm in norms[torch.float64].items())
+        norms[dtype] = {k: p.grad.norm().item() for k, p in network.named_parameters() if magnifies(k)}
 
     s = case.stride
     double = probabilities[torch.float64]
     assert np.abs(case.prob - double[:, :, ::s, ::s, ::s].numpy()).max() == pytest.approx(golden_probability, rel=0.1)
-    assert off(case.figures["grad_norm"]) == pytest.approx(golden_gradient, rel=0.1)
+    assert off(case.figures["grad_norm"], norms[torch.float64]) == pytest.approx(golden_gradient, rel=0.1)
     torch.testing.assert_close(probabilities[torch.float32].double(), double, rtol=0, atol=1.5e-4)
-    assert off(norms[torch.float32]) < 1.5e-3
+    assert off(norms[torch.float32], norms[torch.float64]) < 1.5e-3
+
+
+# With rfnet_80_13, 5.45e-3, it takes minutes; ours are 1.2e-3 off there.
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "golden_gradient"), [("rfnet_32_12", 4.3e-3)])
+def test_rfnets_region_weights_carry_the_rounding_of_single_precision(name, golden_gradient):
+    case = load_case(name)
+    task = Task.load("glioma").model_copy(update={"patch_size": (int(name.split("_")[1]),) * 3})
+    norms = {}
+    for dtype in (torch.float32, torch.float64):
+        network = build("rfnet", task, width=8).eval()
+        fill_weights(network)
+        network.to(dtype)
+        beta, modal_weight = (torch.tensor(case.figures[key], dtype=dtype) for key in ("beta", "modal_weight"))
+
+        def weigh(losses, beta=beta, modal_weight=modal_weight):
+            return Coefficients.passion(losses.preference(), beta, modal_weight)
+
+        parameters = list(network.parameters())
+        _, gradients = staged(network, parameters, case.x.to(dtype), case.labels, case.masks, 4, weigh)
+        keys = [key for key, _ in network.named_parameters()]
+        norms[dtype] = {keys[i]: g.norm().item() for i, g in gradients.items() if magnifies(keys[i])}
+
+    assert off(case.figures["grad_norm"], norms[torch.float64]) == pytest.approx(golden_gradient, rel=0.1)
+    assert off(norms[torch.float32], norms[torch.float64]) < 6e-3
+
+
+def off(those, double):
+    """Largest relative difference of a gradient norm from double precision, as `tolerances` counts it."""
+    return max(abs(those[key] - norm) / max(norm, 1e-3) for key, norm in double.items())

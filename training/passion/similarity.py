@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import onednn
-from models.layout import long_product
+from models.layout import in_cache, long_product
 from training.passion.losses import Truth, voxels
 
 PROTOTYPE_EPS = 1e-5
@@ -54,9 +54,9 @@ class _Similarity(torch.autograd.Function):
         length = prototypes.norm(dim=1, keepdim=True).clamp_(min=COSINE_EPS)
         units, ones = prototypes / length, f.new_ones(1, f.shape[1])
         cosines, norms = f.new_empty(len(f), len(y)), f.new_empty(len(f), 1)
-        for part in _chunks(f):
-            norms[part] = _linear(f[part].square(), ones).clamp_(min=COSINE_EPS**2).sqrt_()
-            torch.div(_linear(f[part], units), norms[part], out=cosines[part])
+        for part in in_cache(len(f)):
+            norms[part] = onednn.product(f[part].square(), ones).clamp_(min=COSINE_EPS**2).sqrt_()
+            torch.div(onednn.product(f[part], units), norms[part], out=cosines[part])
         ctx.save_for_backward(f, y, counts, length, units, norms, cosines)
         return cosines
 
@@ -66,7 +66,7 @@ class _Similarity(torch.autograd.Function):
         classes = len(y)
         of_units, of_lengths = torch.zeros_like(units), torch.empty_like(norms)
         both = f.new_empty(len(f), 2 * classes)  # a, and y^T
-        for part in _chunks(f):
+        for part in in_cache(len(f)):
             g, n = gradient[part], norms[part]
             a = torch.div(g, n, out=both[part, :classes])
             both[part, classes:] = y[:, part].T
@@ -77,18 +77,6 @@ class _Similarity(torch.autograd.Function):
         along = (of_units * units).sum(1, keepdim=True)
         of_sums = torch.where(length > COSINE_EPS, of_units - units * along, of_units) / (length * counts[:, None])
         matrix, of_f = torch.cat([units, of_sums]).T.contiguous(), torch.empty_like(f)
-        for part in _chunks(f):
-            torch.addcmul(_linear(both[part], matrix), f[part], of_lengths[part], value=-1, out=of_f[part])
+        for part in in_cache(len(f)):
+            torch.addcmul(onednn.product(both[part], matrix), f[part], of_lengths[part], value=-1, out=of_f[part])
         return of_f, None, None
-
-
-def _chunks(f: Tensor) -> Iterator[slice]:
-    """As many voxels at a time as leave what is made of them in the processor's cache."""
-    most = 2**14
-    for start in range(0, len(f), most):
-        yield slice(start, start + most)
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (n, a) times weight (b, a): (n, b)."""
-    return onednn.linear(x, weight, None) if onednn.fit(x) else torch.matmul(x, weight.T)
